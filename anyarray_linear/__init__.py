@@ -1,0 +1,49 @@
+"""A linear layer with a hand-derived backward pass, written once against the Array API standard.
+
+The same lines run on NumPy arrays on a CPU, on CuPy arrays on a CUDA GPU, and on any other array of the standard. Around the
+layer: activations, a container that catches the caches, losses, optimizers, a training loop and a device-selection helper.
+"""
+
+from .activations import GELU, ReLU, Sigmoid, SiLU, Tanh
+from .checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint, save_model
+from .device import Device, DeviceUnavailableError, select_device
+from .linear import Linear, LinearGradients, linear_backward, linear_forward
+from .losses import MeanSquaredError, SoftmaxCrossEntropy
+from .optimizers import SGD, Adam, AdamW
+from .protocol import Layer
+from .sequential import Sequential
+from .training import History, NonFiniteError, evaluate, fit, predict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GELU",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "CheckpointError",
+    "Device",
+    "DeviceUnavailableError",
+    "History",
+    "Layer",
+    "Linear",
+    "LinearGradients",
+    "MeanSquaredError",
+    "NonFiniteError",
+    "ReLU",
+    "Sequential",
+    "SiLU",
+    "Sigmoid",
+    "SoftmaxCrossEntropy",
+    "Tanh",
+    "evaluate",
+    "fit",
+    "linear_backward",
+    "linear_forward",
+    "load_checkpoint",
+    "load_model",
+    "predict",
+    "save_checkpoint",
+    "save_model",
+    "select_device",
+]

@@ -1,0 +1,342 @@
+"""Devices: where arrays live, how they get there, and how to compute there.
+
+A `Device` is a namespace (NumPy, CuPy, torch, ...) and a place in it. `select_device` finds the one a user asks for,
+`Device.of` the one an array is on. What this module promises:
+
+- a CUDA device that `select_device` hands out has proved that it works (see `doctor`), it was not merely counted;
+- an explicit request for CUDA never ends on the CPU: it raises `DeviceUnavailableError`, which says what to do;
+- importing it loads no array library but NumPy itself: `Device.xp` is resolved when it is first used.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import threading
+from functools import cached_property, lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import doctor
+from ._arrays import FLOAT_DTYPES, Array, Namespace, describe, device_of, dtype_name, is_array, namespace
+
+_NAMESPACES = {
+    "cpu": "array_api_compat.numpy",
+    "cuda": "array_api_compat.cupy",
+    "torch": "array_api_compat.torch",
+    "jax": "jax.numpy",
+}
+
+
+class DeviceUnavailableError(RuntimeError):
+    """A device that was asked for by name cannot be used; the message says why and what to do about it."""
+
+
+class Device:
+    """A place where arrays live: the CPU (NumPy), a CUDA device (CuPy), or a device of another namespace.
+
+    Made by `select_device` and `Device.of`. Devices are equal when their arrays may be combined; `str()` is the spec
+    that `select_device` takes. A CPU or CUDA device pickles as its spec. `with device:` makes a CUDA device the current
+    one and restores the one before, in this thread; for others it does nothing, as they compute where their arguments
+    are.
+
+    Attributes:
+        kind: `"cpu"`, `"cuda"`, or the namespace's name: `"torch"`, `"jax"`, `"array_api_strict"`.
+        index: number of the CUDA device, else `None`.
+        native: what the namespace's own functions take as `device=`.
+        reason: one sentence that says why this device was chosen.
+
+    >>> device = select_device("cpu")
+    >>> device, device.asarray([1.0, 2.0], dtype="float32").dtype
+    (Device('cpu'), dtype('float32'))
+    """
+
+    def __init__(self, kind: str, index: int = 0, native: Any = None, reason: str = "") -> None:
+        self.kind, self.index, self.reason = kind, index if kind == "cuda" else None, reason
+        self._native = "cpu" if kind == "cpu" else native
+
+    @staticmethod
+    def of(x: Array) -> Device:
+        """The device that the array `x` is on. Raises `TypeError` when `x` is no array."""
+        if isinstance(x, (np.ndarray, np.generic)):
+            return _cpu("an array was there")
+        if not is_array(x):
+            raise TypeError(f"x is {describe(x)}, which is on no device; pass an array")
+        library: str = namespace(x).__name__.removeprefix("array_api_compat.").partition(".")[0]
+        if library == "cupy":
+            return _cuda_device(x.device.id, "an array was there")
+        return Device(library, native=device_of(x), reason="an array was there")
+
+    @cached_property
+    def xp(self) -> Namespace:
+        """The Array API namespace of this device's arrays."""
+        return import_module(_NAMESPACES.get(self.kind, self.kind))
+
+    @property
+    def native(self) -> Any:
+        """The namespace's own device object, which its creation functions take as `device=`."""
+        if self.kind == "cuda":
+            return doctor.load_cupy().cuda.Device(self.index)
+        return self._native
+
+    @property
+    def name(self) -> str:
+        """What the device calls itself: `"NVIDIA H100 80GB HBM3"`, `"x86_64"`."""
+        if self.index is not None:
+            return doctor.device_name(self.index)
+        return platform.machine() if self.kind == "cpu" else str(self)
+
+    def asarray(self, x: Any, dtype: Any = None) -> Array:
+        """`x` as an array on this device.
+
+        Args:
+            x: an array of any namespace and device, or nested lists and scalars.
+            dtype: the name of a dtype, or a dtype of any namespace. `None` keeps the dtype of `x`, and gives lists of
+                floats the device's default; 64-bit integers become int32 where the namespace has none and they fit.
+
+        Returns:
+            `x` itself when it is here already and has that dtype, else an array of this device's namespace. What comes
+            from the host may share its memory where both can (NumPy, torch on the CPU).
+
+        Raises:
+            TypeError: this device has no such dtype (as JAX has no float64 until it is enabled).
+        """
+        if isinstance(x, np.generic):
+            x = np.asarray(x)
+        elif not is_array(x):
+            x = np.asarray(x)
+            if dtype is None and x.dtype.kind == "f":
+                dtype = self.default_float
+        here = Device.of(x)
+        if here == self and (dtype is None or x.dtype is dtype) and getattr(x.dtype, "isnative", True):
+            return x  # the usual case in training: half the time of going by names, as below
+        if here != self and (here.kind != self.kind or self.kind not in ("cuda", "torch", "jax")):
+            return self._from_host(here.to_numpy(x), dtype)
+        wanted = self._dtype(_dtype_name(x.dtype if dtype is None else dtype))
+        if here != self:
+            x = self._from_sibling(x, here)
+        if x.dtype == wanted:  # and so in the machine's byte order, which every other namespace has anyway
+            return x
+        with self:
+            return self.xp.astype(x, wanted)
+
+    def _from_sibling(self, x: Array, here: Device) -> Array:
+        """`x` of this namespace, moved from the device `here` to this one."""
+        if self.kind == "torch":
+            return x.to(self.native)
+        if self.kind == "jax":
+            return import_module("jax").device_put(x, self.native)
+        here.synchronize()  # streams of two cards do not wait for each other
+        with self:
+            moved = x.copy()
+            self.synchronize()
+        return moved
+
+    def _from_host(self, x: np.ndarray[Any, Any], dtype: Any) -> Array:
+        name = _dtype_name(x.dtype if dtype is None else dtype)
+        if dtype is None and name in ("int64", "uint64") and self._lacks(name):
+            if x.size and not (x.min() >= -(2**31) and x.max() < 2**31):
+                raise TypeError(f"x holds {name} values beyond int32, and {self} has no {name}")
+            name = "int32"
+        wanted = self._dtype(name)
+        # cast here if that leaves fewer bytes to transfer, else there; in the machine's byte order in any case
+        x = x.astype(name if np.dtype(name).itemsize < x.itemsize else x.dtype.newbyteorder("="), copy=False)
+        with self:
+            if self.kind == "torch":
+                if not x.flags.writeable or any(stride < 0 for stride in x.strides):
+                    x = x.copy()  # it shares the memory, and knows neither read-only arrays nor negative strides
+                return self.xp.asarray(x).to(self.native, dtype=wanted)
+            if self.kind == "jax":
+                x = x.copy()  # it may share the memory, and takes it for immutable
+            if self.kind in ("cpu", "cuda"):
+                return self.xp.asarray(x, dtype=wanted)
+            return self.xp.asarray(x, dtype=wanted, device=self.native)
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        """The array `x`, wherever it is, as a NumPy array on the host; without a copy where memory can be shared."""
+        if isinstance(x, np.ndarray):
+            return x
+        here = Device.of(x)
+        if here.kind == "cuda":
+            with here:
+                return np.asarray(x.get())
+        if here.kind == "torch":
+            return np.asarray(x.cpu().numpy())
+        if here.kind == "array_api_strict":
+            x = x.to_device(here.xp.Device("CPU_DEVICE"))
+        return np.asarray(x)
+
+    @property
+    def default_float(self) -> Any:
+        """The namespace's default real floating dtype on this device, as the standard defines it."""
+        info = self.xp.__array_namespace_info__()
+        device = None if self.kind in ("cpu", "cuda") else self.native
+        return info.default_dtypes(device=device)["real floating"]
+
+    def dtype(self, spec: Any = None) -> Any:
+        """The dtype object of this device's namespace for a name or a dtype of any namespace; `None`: its default.
+
+        Raises:
+            TypeError: layers do not compute in it: it is none of float32, float64 and, on CuPy and torch, float16.
+        """
+        if spec is None:
+            return self.default_float
+        name = _dtype_name(spec)
+        known = (*FLOAT_DTYPES, "float16") if self.kind in ("cuda", "torch") else FLOAT_DTYPES
+        if name not in known:
+            why = " (float16 is for CuPy and torch, which accumulate it in float32)" if name == "float16" else ""
+            raise TypeError(f"dtype is {name}, but layers on {self} compute in {' or '.join(known)}{why}")
+        return self._dtype(name)
+
+    def _lacks(self, name: str) -> bool:
+        """Whether arrays here cannot have this dtype of the standard, though the namespace knows its name."""
+        if self.kind in ("cpu", "cuda") or name not in ("float64", "int64", "uint64", "complex128"):
+            return False
+        return name not in self.xp.__array_namespace_info__().dtypes(device=self.native)
+
+    def _dtype(self, name: str) -> Any:
+        """The dtype object of that name; `TypeError` where the namespace lacks it or would silently narrow it."""
+        dtype = getattr(self.xp, name, None)
+        if dtype is None or self._lacks(name):
+            cure = 'enable it with jax.config.update("jax_enable_x64", True), or ' if self.kind == "jax" else ""
+            raise TypeError(f'{self} has no {name}; {cure}ask for another with dtype="float32"')
+        return dtype
+
+    def synchronize(self) -> None:
+        """Wait until everything that was started on this device is done."""
+        if self.kind == "cuda":
+            self.native.synchronize()
+        elif self.kind == "torch" and self.native.type != "cpu":
+            import_module("torch").accelerator.synchronize(self.native)
+        elif self.kind == "jax":
+            for array in import_module("jax").live_arrays():
+                array.block_until_ready()
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total memory in bytes, of the card or, for the CPU, of the machine.
+
+        What CuPy's pool keeps for reuse counts as used, as the driver sees it; `empty_cache` gives it back.
+
+        Raises:
+            NotImplementedError: for devices of other namespaces, and on systems without `/proc/meminfo`.
+        """
+        if self.kind == "cuda":
+            with self:
+                free, total = doctor.load_cupy().cuda.runtime.memGetInfo()
+            return free, total
+        if self.kind == "cpu" and (meminfo := Path("/proc/meminfo")).exists():
+            kib = {line.split()[0]: int(line.split()[1]) for line in meminfo.read_text().splitlines()}
+            return 1024 * kib["MemAvailable:"], 1024 * kib["MemTotal:"]
+        raise NotImplementedError(f"the memory of {self} cannot be read here")
+
+    def empty_cache(self) -> None:
+        """Give the memory that CuPy's pool keeps for reuse back to the card, for other programs; arrays in use stay."""
+        if self.kind == "cuda":
+            with self:
+                doctor.load_cupy().get_default_memory_pool().free_all_blocks()
+
+    def __enter__(self) -> Device:
+        if self.kind == "cuda":
+            runtime = doctor.load_cupy().cuda.runtime
+            _entered().append(runtime.getDevice())
+            runtime.setDevice(self.index)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.kind == "cuda":
+            doctor.load_cupy().cuda.runtime.setDevice(_entered().pop())
+
+    def __str__(self) -> str:
+        if self.kind == "cpu":
+            return "cpu"
+        return f"{self.kind}:{self.index if self.kind == 'cuda' else self.native}"
+
+    def __repr__(self) -> str:
+        return f"Device({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Device) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[str, int | None, Any]:
+        return self.kind, self.index, self._native
+
+    def __deepcopy__(self, memo: object) -> Device:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.kind in ("cpu", "cuda"):
+            return select_device, (str(self),)
+        return Device, (self.kind, 0, self._native, self.reason)
+
+
+@lru_cache
+def _cpu(reason: str = "it was asked for") -> Device:
+    return Device("cpu", reason=reason)
+
+
+_thread = threading.local()
+
+
+def _entered() -> list[int]:
+    """The CUDA devices that were current when this thread entered its `with device:` blocks."""
+    stack: list[int] = _thread.__dict__.setdefault("entered", [])
+    return stack
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The name of a dtype that is given as a name, or as a dtype of any namespace and byte order."""
+    if isinstance(dtype, (type, np.dtype)):  # np.float32 and jnp.float32 are classes
+        return np.dtype(dtype).name
+    return dtype if isinstance(dtype, str) else dtype_name(dtype)
+
+
+@lru_cache
+def _cuda_device(index: int, reason: str = "it was asked for") -> Device:
+    return Device("cuda", index, reason=reason)
+
+
+def select_device(spec: str | Device = "auto") -> Device:
+    """The device that `spec` names.
+
+    Args:
+        spec: `"auto"`: what the environment variable `ANYARRAY_DEVICE` names, else the working CUDA device with most free
+            memory, chosen once per process, else the CPU; `"cpu"`; `"cuda"`, the current CUDA device; `"cuda:1"`; or a
+            `Device`, returned as it is.
+
+    Returns:
+        A device that works: a CUDA device has run a kernel and a matrix product in this process. `.reason` says in one
+        sentence why it is this one.
+
+    Raises:
+        ValueError: an unknown spec.
+        DeviceUnavailableError: a CUDA device that was asked for, by `ANYARRAY_DEVICE` too, cannot be used. The message
+            says what to do. It never falls back to the CPU.
+
+    >>> select_device("cpu").reason
+    'it was asked for'
+    """
+    if isinstance(spec, Device):
+        return spec
+    origin, reason = "device", "it was asked for"
+    if spec == "auto" and (asked := os.environ.get("ANYARRAY_DEVICE", "")):
+        spec, origin, reason = asked, "ANYARRAY_DEVICE", f"ANYARRAY_DEVICE is {asked}"
+    if spec == "auto":
+        index, reason = doctor.roomiest()
+        return _cpu(reason) if index is None else _cuda_device(index, reason)
+    if spec == "cpu":
+        return _cpu(reason)
+    wanted = re.fullmatch(r"cuda(?::(\d+))?", spec) if isinstance(spec, str) else None
+    if wanted is None:
+        raise ValueError(f'{origin} is {spec!r}; expected "auto", "cpu", "cuda", "cuda:1" (any number) or a Device')
+    last = doctor.examine(int(wanted[1]) if wanted[1] else None)[-1]
+    if not last.ok:
+        by = " (ANYARRAY_DEVICE)" if origin == "ANYARRAY_DEVICE" else ""
+        raise DeviceUnavailableError(f"{spec}{by} cannot be used: {last.found}. {last.cure}") from last.error
+    return _cuda_device(int(wanted[1]) if wanted[1] else doctor.current(), reason)

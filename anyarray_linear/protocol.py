@@ -1,0 +1,85 @@
+"""What a layer is, and the names of its parameters: all that optimizers, files and containers know about a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from ._arrays import Array, check_alike, check_shape, computing_on
+
+
+@runtime_checkable
+class Layer(Protocol):
+    """What every layer and container offers; write a class with these methods and it works everywhere here.
+
+    State for backward travels in the cache that `forward` returns, never on the layer. A parameter called `p` is the
+    attribute `p`, and its stored gradient the attribute `dp`; what is `None` is in neither `parameters` nor `gradients`.
+    """
+
+    def forward(self, X: Array) -> tuple[Array, Any]:
+        """`(Z, cache)`: the output, and what `gradients` will need."""
+        ...
+
+    def gradients(self, dZ: Array, cache: Any, *, needs_dX: bool = True) -> tuple[Array | None, dict[str, Array]]:
+        """`(dX, {"W": dW, ...})`, storing nothing; `dX` is `None` where it was not asked for."""
+        ...
+
+    def backward(self, dZ: Array, cache: Any, *, accumulate: bool = False, needs_dX: bool = True) -> Array | None:
+        """`dX`; the parameters' gradients are stored on the layer, or added to what is stored there."""
+        ...
+
+    def parameters(self) -> dict[str, Array]:
+        """The parameters by name."""
+        ...
+
+    def to(self, device: Any = None, dtype: Any = None) -> Layer:
+        """The layer on another device or in another dtype."""
+        ...
+
+    def __call__(self, X: Array) -> Array:
+        """`Z`, for inference: no cache."""
+        ...
+
+
+def leaves(model: Any) -> list[tuple[str, Any]]:
+    """The layers of `model` that are no containers, each distinct object once, by name; a bare layer's name is `""`."""
+    return list(model.leaves()) if hasattr(model, "leaves") else [("", model)]
+
+
+def join(*names: str) -> str:
+    """The name of something inside something: `join("0", "W")` is `"0.W"`, `join("", "W")` is `"W"`.
+
+    >>> join("1", "0", "W"), join("", "W")
+    ('1.0.W', 'W')
+    """
+    return ".".join(name for name in names if name)
+
+
+def parameters(model: Any) -> dict[str, Array]:
+    """Every parameter of `model` once, by its full name."""
+    return {join(name, p): value for name, layer in leaves(model) for p, value in layer.parameters().items()}
+
+
+def stored_gradients(model: Any) -> dict[str, Array | None]:
+    """What `backward` stored for every parameter of `model`, by the parameter's full name; `None` where nothing is."""
+    return {join(name, p): getattr(layer, f"d{p}") for name, layer in leaves(model) for p in layer.parameters()}
+
+
+def store_gradients(model: Any, gradients: Mapping[str, Array], *, accumulate: bool = False) -> None:
+    """Set the attribute `dp` of every parameter `p` of `model`, or add to it; nothing is set if anything is wrong.
+
+    Adding makes a new array: whoever holds the old gradient keeps its values.
+    """
+    new = []
+    for name, layer in leaves(model):
+        for p in layer.parameters():
+            gradient, stored = gradients[join(name, p)], getattr(layer, f"d{p}")
+            if accumulate and stored is not None:
+                attribute = join(name, f"d{p}")
+                check_alike(f"the new {attribute}", gradient, attribute, stored)
+                check_shape(attribute, stored, tuple(gradient.shape), "as its parameter")
+                with computing_on(gradient):
+                    gradient = stored + gradient
+            new.append((layer, f"d{p}", gradient))
+    for layer, attribute, gradient in new:
+        setattr(layer, attribute, gradient)

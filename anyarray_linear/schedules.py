@@ -1,0 +1,60 @@
+"""Learning-rate schedules: functions `step -> float`, with steps counted from 0. Any function of that kind is one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[int], float]
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} is {value!r}; it must be greater than 0")
+
+
+def linear_warmup(lr: float, steps: int) -> Schedule:
+    """From `lr / steps` at step 0 in equal increments to `lr` at step `steps - 1`, and `lr` from then on.
+
+    >>> [linear_warmup(1.0, 4)(step) for step in range(6)]
+    [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    """
+    _positive("lr", lr)
+    _positive("steps", steps)
+    return lambda step: float(lr * min(1.0, (step + 1) / steps))
+
+
+def cosine(lr: float, steps: int, *, warmup: int = 0, final: float = 0.0) -> Schedule:
+    """A linear warm-up over `warmup` steps, then half a cosine from `lr` to `final` at step `steps`, and `final` on.
+
+    Without warm-up it is PyTorch's `CosineAnnealingLR(T_max=steps, eta_min=final)` up to step `steps`
+    (Loshchilov and Hutter, 2016, "SGDR").
+
+    >>> [round(cosine(1.0, 4)(step), 3) for step in range(6)]
+    [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
+    """
+    _positive("lr", lr)
+    _positive("steps", steps)
+    if not 0 <= warmup < steps:
+        raise ValueError(f"warmup is {warmup!r}; it must be from 0 to below steps = {steps!r}")
+    rise = linear_warmup(lr, warmup) if warmup else None
+
+    def schedule(step: int) -> float:
+        if rise is not None and step < warmup:
+            return rise(step)
+        progress = min(1.0, (step - warmup) / (steps - warmup))
+        return float(final + (lr - final) * (1 + math.cos(math.pi * progress)) / 2)
+
+    return schedule
+
+
+def step_decay(lr: float, every: int, factor: float) -> Schedule:
+    """`lr` times `factor` for every `every` steps done: PyTorch's `StepLR(step_size=every, gamma=factor)`.
+
+    >>> [step_decay(1.0, 2, 0.5)(step) for step in range(5)]
+    [1.0, 1.0, 0.5, 0.5, 0.25]
+    """
+    _positive("lr", lr)
+    _positive("every", every)
+    _positive("factor", factor)
+    return lambda step: float(lr * factor ** (step // every))

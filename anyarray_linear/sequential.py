@@ -1,0 +1,181 @@
+"""The container: it runs layers in order, catches their caches, and hands them back in reverse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, overload
+
+from ._arrays import Array, check_alike, computing_on
+from .linear import Linear
+from .protocol import Layer, join, leaves, parameters, store_gradients
+
+
+class _Structure(NamedTuple):
+    """Where the leaves of a container are, and what they are called."""
+
+    positions: list[tuple[str, Any]]
+    names: dict[str, str]
+    """The name of each position: the first position that holds the same object."""
+    leaves: list[tuple[str, Any]]
+
+
+class Sequential:
+    """Layers in a row: `Z` of one is `X` of the next. It is a layer too, so it nests.
+
+    layers: anything with the methods of `Layer`. The same layer *object* at several positions, at any depth, is shared: its
+    gradients are summed within one pass, and it has one name, that of its first position.
+
+    Indexing gives a layer, slicing a `Sequential` of the same layers.
+
+    Raises `TypeError` for something that is no layer.
+
+    >>> import numpy as np
+    >>> from anyarray_linear import ReLU
+    >>> model = Sequential(Linear(3, 4, seed=0), ReLU(), Linear(4, 2, seed=1))
+    >>> Z, caches = model.forward(np.ones((5, 3)))
+    >>> dX = model.backward(np.ones((5, 2)), caches)
+    >>> list(model.parameters()), dX.shape
+    (['0.W', '0.b', '2.W', '2.b'], (5, 3))
+    """
+
+    def __init__(self, *layers: Layer) -> None:
+        for i, layer in enumerate(layers):
+            if isinstance(layer, type) or not isinstance(layer, Layer):
+                what = f"the class {layer.__name__}" if isinstance(layer, type) else f"a {type(layer).__name__}"
+                raise TypeError(
+                    f"layer {i} is {what}, not a layer; give layer objects: Sequential(Linear(3, 4), ReLU())"
+                )
+        self.layers = layers
+        self._structure: _Structure | None = None
+        if all(isinstance(layer, Sequential) or not hasattr(layer, "leaves") for layer in layers):
+            self._structure = self._look()  # a container of the user's own may change; one of ours does not
+
+    def forward(self, X: Array) -> tuple[Array, list[Any]]:
+        """`(Z, caches)`, one cache per layer."""
+        caches = []
+        for layer in self.layers:
+            X, cache = layer.forward(X)
+            caches.append(cache)
+        return X, caches
+
+    def gradients(
+        self, dZ: Array, caches: Sequence[Any], *, needs_dX: bool = True
+    ) -> tuple[Array | None, dict[str, Array]]:
+        """`(dX, {"0.W": ..., "0.b": ..., "2.W": ...})`, storing nothing; a shared layer's gradients are summed.
+
+        Raises what the layers raise, and `ValueError` for caches that are not one for each layer.
+        """
+        if not isinstance(caches, Sequence) or len(caches) != len(self.layers):
+            count = len(caches) if isinstance(caches, Sequence) else type(caches).__name__
+            raise ValueError(
+                f"caches is {count} for {len(self.layers)} layers; pass the second result of this model's forward"
+            )
+        # nobody asks for the gradient that would flow out of the first layer with parameters
+        first = 0 if needs_dX else next((i for i, layer in enumerate(self.layers) if layer.parameters()), len(caches))
+        names = self._names().names
+        total: dict[str, Array] = {}  # from the last layer to the first
+        dX: Array | None = dZ
+        for i in range(len(self.layers) - 1, first - 1, -1):
+            dX, gradients = self.layers[i].gradients(dX, caches[i], needs_dX=needs_dX or i > first)
+            for path, gradient in reversed(gradients.items()):
+                inner, _, p = path.rpartition(".")
+                name = f"{names[join(str(i), inner)]}.{p}"
+                if name in total:
+                    with computing_on(gradient):
+                        gradient = gradient + total.pop(name)
+                total[name] = gradient
+        return dX if needs_dX else None, dict(reversed(total.items()))
+
+    def backward(
+        self, dZ: Array, caches: Sequence[Any], *, accumulate: bool = False, needs_dX: bool = True
+    ) -> Array | None:
+        """`dX`, having stored every parameter's gradient on its layer, or added to it with `accumulate`."""
+        dX, gradients = self.gradients(dZ, caches, needs_dX=needs_dX)
+        store_gradients(self, gradients, accumulate=accumulate)
+        return dX
+
+    def parameters(self) -> dict[str, Array]:
+        """`{"0.W": W, "0.b": b, ...}`, a shared layer's once."""
+        return parameters(self)
+
+    def _names(self) -> _Structure:
+        return self._structure or self._look()
+
+    def _look(self) -> _Structure:
+        positions: list[tuple[str, Any]] = []
+        for i, layer in enumerate(self.layers):
+            inner = layer._positions() if isinstance(layer, Sequential) else leaves(layer)
+            positions += [(join(str(i), path), leaf) for path, leaf in inner]
+        first: dict[int, str] = {}
+        names = {path: first.setdefault(id(leaf), path) for path, leaf in positions}
+        return _Structure(positions, names, [(path, leaf) for path, leaf in positions if names[path] == path])
+
+    def _positions(self) -> list[tuple[str, Any]]:
+        """Every position that holds a leaf, depth first, repeats included."""
+        return self._names().positions
+
+    def leaves(self) -> list[tuple[str, Any]]:
+        """`[(name, layer), ...]`: each distinct layer object once, depth first, under its first position."""
+        return list(self._names().leaves)
+
+    def collapse(self) -> Sequential:
+        """The same function with each run of adjacent `Linear` layers merged into one.
+
+        A stack of linear layers is one linear layer: `(X W1^T + b1) W2^T + b2 = X (W2 W1)^T + (b1 W2^T + b2)`. Nested
+        containers are opened. This model is left as it is; layers that had nobody to merge with are copies of their own.
+        """
+        copies: dict[int, Any] = {}
+        merged: list[Any] = []
+        for _, leaf in self._positions():
+            if merged and type(leaf) is Linear and type(merged[-1]) is Linear:
+                merged[-1] = _merge(merged[-1], leaf)
+            else:
+                merged.append(copies.setdefault(id(leaf), leaf.to()))
+        return Sequential(*merged)
+
+    def to(self, device: Any = None, dtype: Any = None) -> Sequential:
+        """A new model on another device or in another dtype; what was shared is shared there too."""
+        return self._to(device, dtype, {})
+
+    def _to(self, device: Any, dtype: Any, moved: dict[int, Any]) -> Sequential:
+        def move(layer: Any) -> Any:
+            if isinstance(layer, Sequential):
+                return layer._to(device, dtype, moved)
+            if id(layer) not in moved:
+                moved[id(layer)] = layer.to(device, dtype)
+            return moved[id(layer)]
+
+        return Sequential(*map(move, self.layers))
+
+    def __call__(self, X: Array) -> Array:
+        """`Z` for inference: no caches."""
+        for layer in self.layers:
+            X = layer(X)
+        return X
+
+    @overload
+    def __getitem__(self, index: int) -> Layer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequential: ...
+    def __getitem__(self, index: int | slice) -> Layer | Sequential:
+        if isinstance(index, slice):
+            return Sequential(*self.layers[index])
+        return self.layers[index]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __repr__(self) -> str:
+        return f"Sequential({', '.join(map(repr, self.layers))})"
+
+
+def _merge(first: Linear, second: Linear) -> Linear:
+    """One layer that does what `first` and then `second` do."""
+    check_alike("the first layer's W", first.W, "the second layer's W", second.W)
+    W1, b1, W2, b2 = first.W, first.b, second.W, second.b
+    with computing_on(W1):
+        b = b2 if b1 is None else b1 @ W2.T if b2 is None else b1 @ W2.T + b2
+        return Linear.from_arrays(W2 @ W1, b)

@@ -1,0 +1,672 @@
+"""The training loop: `fit`, `evaluate`, `predict`.
+
+What it is careful about:
+
+- Arrays move to the model's device batch by batch; those that are there already are used as they are.
+- No step turns a device array into a Python number. The loss is summed on the device and read once per epoch, and whether
+  a step may be applied (loss and gradients finite) is decided on the device too.
+- The order of epoch `e` is a function of the seed and `e` alone. So a run can stop after any step and go on elsewhere.
+- A step is never cut in half: Ctrl-C, or the stop flag, takes effect between two steps.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from ._arrays import Array, check_array, computing_on, dtype_name, namespace, reading_is_free
+from ._progress import Progress
+from .device import Device
+from .initializers import layer_seed
+from .lanes import lane
+from .protocol import parameters
+
+Row = dict[str, Any]
+Callback = Callable[[Any, Row], bool | None]
+
+_CHUNK = 1 << 22  # elements read at once when values are checked, so that a memory-mapped file needs little memory
+
+
+class StopFlag(Protocol):
+    """Anything with `is_set()`, such as a `threading.Event`."""
+
+    def is_set(self) -> bool:
+        """Whether training should stop after the step at hand."""
+        ...
+
+
+class NonFiniteError(FloatingPointError):
+    """Training ended because a loss or gradient was NaN or infinite; the weights are those from before that step.
+
+    step: the step, counted from 1 over the whole training. history: the `History` up to there.
+    """
+
+    def __init__(self, message: str, step: int, history: History) -> None:
+        super().__init__(message)
+        self.step, self.history = step, history
+
+
+@dataclass
+class History:
+    """What happened in training.
+
+    rows: a dict per epoch: `epoch` (from 1), `steps` so far, `loss` (mean over the epoch's samples, while training), `lr`,
+    `seconds`, and with validation `validation_loss` and, for classes, `validation_accuracy`.
+    interrupted: whether Ctrl-C or a stop flag ended it. skipped: the number of steps that `skip_nonfinite` passed over.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    interrupted: bool = False
+    skipped: int = 0
+
+
+@dataclass
+class _Data:
+    """`X` and `y` wherever they are, and where batches of them should go."""
+
+    X: Array
+    y: Array
+    device: Device
+    dtype: Any
+
+    def __len__(self) -> int:
+        return int(self.X.shape[0])
+
+    def batches(
+        self, order: np.ndarray[Any, Any] | None, batch_size: int, start: int = 0
+    ) -> Iterator[tuple[Array, Array]]:
+        """Batches from row `start` on, in `order` (host indices) or as the rows come; the last may be smaller."""
+        takes = [_taker(x, order) for x in (self.X, self.y)]
+        count = len(self) if order is None else len(order)
+        y_dtype = self.dtype if _is_float(self.y) else None
+        for i in range(start, count, batch_size):
+            X, y = (take(i, min(i + batch_size, count)) for take in takes)
+            yield self.device.asarray(X, dtype=self.dtype), self.device.asarray(y, dtype=y_dtype)
+
+
+def _is_float(x: Array) -> bool:
+    return bool(namespace(x).isdtype(x.dtype, "real floating"))
+
+
+def _taker(x: Array, order: np.ndarray[Any, Any] | None) -> Callable[[int, int], Array]:
+    """`(start, stop) -> rows`, where `x` is. The order is transferred once, not once per batch."""
+    if order is None:
+        return lambda start, stop: x[start:stop, ...]
+    if isinstance(x, np.ndarray):
+        return lambda start, stop: x[order[start:stop]]
+    index = Device.of(x).asarray(order)
+
+    def take(start: int, stop: int) -> Array:
+        with computing_on(x) as xp:
+            return xp.take(x, index[start:stop], axis=0)
+
+    return take
+
+
+def _model_place(model: Any, X: Array) -> tuple[Device, Any]:
+    """Where the model computes and in what dtype: where its parameters are, or for want of any, where `X` is."""
+    first = next(iter(parameters(model).values()), X)
+    return Device.of(first), first.dtype
+
+
+def _check_rows(X: Array, y: Array | None, names: tuple[str, str] = ("X", "y")) -> None:
+    check_array(names[0], X)
+    if X.ndim == 0:
+        raise ValueError(f"{names[0]} is a single number; its first axis must be the samples")
+    if X.shape[0] == 0:
+        raise ValueError(f"{names[0]} has no rows (shape {tuple(X.shape)}); give at least one sample")
+    if y is not None:
+        check_array(names[1], y)
+        if y.ndim == 0 or y.shape[0] != X.shape[0]:
+            raise ValueError(
+                f"{names[0]} has {X.shape[0]} rows but {names[1]} has shape {tuple(y.shape)}; they must have as many rows"
+            )
+
+
+def _check_finite(name: str, x: Array, dtype: Any) -> None:
+    """Raise `ValueError` naming the first row with NaN or infinity, also where only the cast to `dtype` makes it."""
+    if not _is_float(x):
+        return
+    rows = max(1, _CHUNK // max(1, math.prod(x.shape[1:])))
+    for start in range(0, x.shape[0], rows):
+        part = x[start : min(start + rows, x.shape[0]), ...]
+        with computing_on(part) as xp, np.errstate(over="ignore"):
+            part = xp.astype(part, getattr(xp, dtype_name(dtype)))
+            if bool(xp.all(xp.isfinite(part))):
+                continue
+        host = np.isfinite(Device.of(part).to_numpy(part)).reshape(part.shape[0], -1)
+        row = int(np.flatnonzero(~host.all(axis=1))[0])
+        raise ValueError(
+            f"{name} has a value in row {start + row} (rows counted from 0) that is NaN or infinite in {dtype_name(dtype)}; "
+            f"remove the row, replace the value or scale the data"
+        )
+
+
+def _check_data(model: Any, loss: Any, data: _Data, names: tuple[str, str]) -> None:
+    """Everything that can be known before training: shapes by running one row, and values by reading them once."""
+    for name, x in zip(names, (data.X, data.y), strict=True):
+        _check_finite(name, x, data.dtype)
+    X, y = next(data.batches(np.arange(1), 1))
+    with np.errstate(all="ignore"), data.device:
+        Z = model(X)
+        loss.forward(Z, y)
+    if hasattr(loss, "check_ids") and not _is_float(data.y) and data.y.ndim == Z.ndim - 1:
+        loss.check_ids(data.y, Z.shape[-1])
+
+
+def _positive_int(name: str, value: Any, low: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be an int >= {low}")
+    if value < low:
+        raise ValueError(f"{name} is {value}; it must be an int >= {low}")
+    return int(value)
+
+
+def _split(fraction: float, count: int, seed: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Row numbers for training and validation, drawn from a stream of their own."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation is {fraction}; give (X, y), or a fraction between 0 and 1")
+    held = round(fraction * count)
+    if not 0 < held < count:
+        raise ValueError(f"validation is {fraction} of {count} rows, which leaves nothing on one side")
+    order = _epoch_order(seed, -1, count)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def _epoch_order(seed: Any, epoch: int, count: int) -> np.ndarray[Any, Any]:
+    """The permutation of epoch `epoch`, from its own child of the seed: no state to carry from epoch to epoch."""
+    child = type(seed)(entropy=seed.entropy, spawn_key=(*seed.spawn_key, epoch + 1))
+    return np.random.default_rng(child).permutation(count)
+
+
+class _Guard:
+    """Decides on the device which steps are applied, and remembers which one ended training.
+
+    A step whose loss or gradients are not finite is called off. After more than `allowed` such steps, so is every later one;
+    `fatal` is then that last straw's number, which the host reads once per epoch.
+    """
+
+    def __init__(self, device: Device, loss_dtype: Any, allowed: int, bad: int = 0) -> None:
+        self.allowed, self.device = allowed, device
+        self.total: Any = 0.0  # sum of loss times rows over the applied steps of this epoch, and the rows
+        self.rows: Any = 0
+        self.bad: Any = bad
+        self.fatal: Any = 0
+        self.last_bad: Any = None  # a lane's: the last step that was not finite
+        self.accumulator = None
+        if device.kind not in ("cpu",):
+            info = device.xp.__array_namespace_info__().dtypes(device=None if device.kind == "cuda" else device.native)
+            self.accumulator = info.get("float64", info["float32"])
+
+    def start_epoch(self, total: float = 0.0, rows: int = 0) -> None:
+        self.total, self.rows = total, rows
+
+    def judge(self, step: int, value: Array, gradients: Iterable[Array], rows: int) -> Array | None:
+        """What `optimizer.step` takes as `where`; also adds the loss to the epoch's sum. Steps count from 1."""
+        if reading_is_free(value):
+            return self._judge_now(step, value, gradients, rows)
+        with computing_on(value) as xp:
+            if isinstance(self.bad, int):  # the first step: from here on, the counts live on the device
+                place = {"device": self.device.native}
+                integer = xp.__array_namespace_info__().default_dtypes(**place)["integral"]
+                self.bad, self.fatal = (xp.asarray(n, dtype=integer, **place) for n in (self.bad, self.fatal))
+            return lane(_judged, xp)(xp, self, step, value, gradients, rows)
+
+    def _judge_now(self, step: int, value: Array, gradients: Iterable[Array], rows: int) -> Array | None:
+        value = float(value)
+        with computing_on(next(iter(gradients))) as xp:
+            # a sum is one pass and nearly always enough to know; it may overflow, though, where no element is infinite
+            finite = math.isfinite(value) and all(
+                math.isfinite(float(xp.sum(gradient))) or bool(xp.all(xp.isfinite(gradient))) for gradient in gradients
+            )
+            if finite and not self.fatal:
+                self.total += value * rows
+                self.rows += rows
+                return None
+            if not self.fatal:
+                self.bad += 1
+                self.fatal = step if self.bad > self.allowed else 0
+            return xp.asarray(False, device=self.device.native)
+
+    def read(self) -> tuple[float, int, int, int]:
+        """`(total, rows, bad, fatal)` as Python numbers: the one wait for the device in an epoch."""
+        if isinstance(self.total, float) and isinstance(self.bad, int):
+            return self.total, self.rows, self.bad, self.fatal
+        total, rows, bad, fatal = (float(self.device.to_numpy(self._array(x))) for x in
+                                   (self.total, self.rows, self.bad, self.fatal))
+        return total, int(rows), int(bad), int(fatal)
+
+    def _array(self, x: Any) -> Array:
+        return x if hasattr(x, "dtype") else self.device.asarray(np.asarray(float(x), dtype=np.float32))
+
+
+def _judged(xp: Any, guard: _Guard, step: int, value: Array, gradients: Iterable[Array], rows: int) -> Array:
+    """Whether this step may be applied, a 0-d bool; brings the guard's sums and counts up to date, all on the device."""
+    finite = xp.isfinite(value)
+    for gradient in gradients:
+        finite = finite & xp.all(xp.isfinite(gradient))
+    going = guard.fatal == 0
+    guard.bad = guard.bad + xp.astype(going & ~finite, guard.bad.dtype)
+    guard.fatal = xp.where(going & (guard.bad > guard.allowed), step, guard.fatal)
+    apply = finite & (guard.fatal == 0)
+    value = xp.astype(value, guard.accumulator) * float(rows)
+    guard.total = guard.total + xp.where(apply, value, 0.0)
+    guard.rows = guard.rows + xp.astype(apply, guard.bad.dtype) * rows
+    return apply
+
+
+@contextmanager
+def _memory_advice(device: Device, batch_size: int) -> Iterator[None]:
+    """Running out of memory says what there was and what to change, and gives back what the step had taken."""
+    try:
+        yield
+    except MemoryError as error:
+        # the frames that failed still hold their arrays; without them, the device's pool can be emptied
+        traceback.clear_frames(error.__traceback__)
+        advice = f"use a smaller batch_size than {batch_size}, a smaller dtype (float32, not float64) or another device"
+        what = str(error) or "an allocation failed"
+        error.__traceback__ = None
+        device.empty_cache()
+        try:
+            free, total = device.memory()
+        except NotImplementedError:
+            raise MemoryError(f"{what}; {advice}") from None
+        raise MemoryError(
+            f"{what}; {device} has {free / 2**20:,.0f} MiB free of {total / 2**20:,.0f} MiB, now that this step's arrays "
+            f"are gone; {advice}"
+        ) from None
+
+
+@contextmanager
+def _deferred_interrupts() -> Iterator[Callable[[], bool]]:
+    """Python's own Ctrl-C becomes a flag, so that no step is cut in half; a second one interrupts at once.
+
+    Only in the main thread, and only where nobody has installed another handler.
+    """
+    pressed = False
+
+    def note(signum: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    ours = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def fit(
+    model: Any,
+    X: Array,
+    y: Array,
+    *,
+    loss: Any,
+    optimizer: Any,
+    epochs: int = 20,
+    batch_size: int = 64,
+    validation: tuple[Array, Array] | float | None = None,
+    seed: Any = 0,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    skip_nonfinite: int = 0,
+    stop: StopFlag | None = None,
+) -> History:
+    """Train `model` on `X` and `y` in shuffled mini-batches.
+
+    X: `(N, ...)`, on any device and of any namespace; moved to the model's device batch by batch, in the model's dtype.
+    y: `(N,)` class ids, or what else the loss takes; a float `y` is cast too.
+    loss, optimizer: such as `SoftmaxCrossEntropy()` and `Adam(lr=1e-3)`.
+    validation: `(X, y)`, or the fraction of the rows to hold out.
+    seed: of the order of the batches and of the validation rows: an int, a NumPy `SeedSequence` or `Generator`, or `None`.
+    callbacks: functions `f(model, row) -> bool | None`, called after each epoch; `True` stops.
+    checkpoint: a folder that receives the state after each epoch, or after every `checkpoint_every` steps, and at the end.
+    resume: go on from the folder's newest good checkpoint, to exactly the result of a run that never stopped.
+    skip_nonfinite: pass over up to this many steps whose loss or gradients are not finite.
+    stop: a `threading.Event` or the like; once set, training stops after the step at hand, as at Ctrl-C.
+
+    Returns the `History`; `interrupted` is true when Ctrl-C or the stop flag ended training.
+
+    Raises, before anything is trained, `TypeError` or `ValueError` for arguments that do not fit, NaN or infinite data and
+    class ids out of range. Raises `NonFiniteError` at the end of the epoch in which a loss or gradient was NaN or infinite;
+    that step and all after it were not applied.
+
+    >>> import numpy as np
+    >>> from anyarray_linear import SGD, Linear, MeanSquaredError
+    >>> X = np.linspace(-1, 1, 64).reshape(-1, 1)
+    >>> layer = Linear(1, 1, seed=0)
+    >>> history = fit(layer, X, 3 * X + 1, loss=MeanSquaredError(), optimizer=SGD(0.5), batch_size=16, progress=False)
+    >>> round(float(layer.W[0, 0]), 3), round(float(layer.b[0, 0]), 3)
+    (3.0, 1.0)
+    """
+    epochs, batch_size = _positive_int("epochs", epochs, 0), _positive_int("batch_size", batch_size)
+    skip_nonfinite = _positive_int("skip_nonfinite", skip_nonfinite, 0)
+    if checkpoint_every is not None:
+        checkpoint_every = _positive_int("checkpoint_every", checkpoint_every)
+    if checkpoint is None and (resume or checkpoint_every):
+        raise ValueError("resume and checkpoint_every need a folder: give checkpoint=folder")
+    _check_rows(X, y)
+    device, dtype = _model_place(model, X)
+    root = layer_seed(seed)
+    data, rows, held = _Data(X, y, device, dtype), None, None
+    if isinstance(validation, (int, float)):
+        rows, held_rows = _split(validation, len(data), root)
+        held = _Data(_taker(X, held_rows)(0, len(held_rows)), _taker(y, held_rows)(0, len(held_rows)), device, dtype)
+    elif validation is not None:
+        try:
+            held_X, held_y = validation
+        except (TypeError, ValueError):
+            raise TypeError("validation is neither (X, y) nor a fraction of the rows") from None
+        _check_rows(held_X, held_y, ("the validation X", "the validation y"))
+        held = _Data(held_X, held_y, device, dtype)
+        _check_data(model, loss, held, ("the validation X", "the validation y"))
+    _check_data(model, loss, data, ("X", "y"))
+    run = _Run(model, data, rows, held, loss, optimizer, batch_size, root, skip_nonfinite)
+    saver = _Saver(checkpoint, checkpoint_every, run)
+    if checkpoint is not None:
+        saver.begin(resume)
+    with (
+        _deferred_interrupts() as interrupted,
+        Progress(epochs, run.steps_per_epoch, progress) as bar,
+        np.errstate(over="ignore", invalid="ignore", divide="ignore"),  # judged by the guard, not warned about
+        device,  # current for layers, losses and callbacks of the user's own
+        saver,
+        _memory_advice(device, batch_size),
+    ):
+        try:
+            while run.epoch < epochs and not run.stopped:
+                for _ in run.steps():
+                    bar.step(run.epoch, run.position // batch_size)
+                    if interrupted() or (stop is not None and stop.is_set()):
+                        run.history.interrupted = True
+                        break
+                    saver.after_step()
+                if run.history.interrupted:
+                    break
+                row = run.finish_epoch()
+                bar.epoch(row)
+                answers = [callback(model, row) for callback in callbacks]  # all of them, also when the first says stop
+                run.stopped = any(answers)
+                saver.after_epoch(row)
+        except KeyboardInterrupt:
+            run.history.interrupted = True  # raised by a callback, or where Ctrl-C could not be deferred
+        if run.history.interrupted:
+            saver.save()
+    return run.history
+
+
+class _Run:
+    """A training in progress: everything that has to be kept to go on with it exactly."""
+
+    def __init__(
+        self,
+        model: Any,
+        data: _Data,
+        rows: np.ndarray[Any, Any] | None,
+        held: _Data | None,
+        loss: Any,
+        optimizer: Any,
+        batch_size: int,
+        seed: Any,
+        skip_nonfinite: int,
+    ) -> None:
+        self.model, self.data, self.rows, self.held = model, data, rows, held
+        self.loss, self.optimizer, self.batch_size, self.seed = loss, optimizer, batch_size, seed
+        self.count = len(data) if rows is None else len(rows)
+        self.steps_per_epoch = -(-self.count // batch_size)
+        self.guard = _Guard(data.device, data.dtype, skip_nonfinite)
+        self.history = History()
+        self.epoch = self.step = self.position = 0
+        self.stopped = False
+        self.seconds = 0.0
+
+    def order(self) -> np.ndarray[Any, Any]:
+        """The rows of this epoch, in its order."""
+        order = _epoch_order(self.seed, self.epoch, self.count)
+        return order if self.rows is None else self.rows[order]
+
+    def steps(self) -> Iterator[None]:
+        """Take the rest of this epoch's steps, one per iteration."""
+        began = time.perf_counter() - self.seconds
+        for X, y in self.data.batches(self.order(), self.batch_size, self.position):
+            value, gradients = self.gradients(X, y)
+            where = self.guard.judge(self.step + 1, value, gradients.values(), X.shape[0])
+            self.optimizer.step(self.model, gradients, where=where)
+            del value, gradients, where
+            self.step += 1
+            self.position += X.shape[0]
+            self.seconds = time.perf_counter() - began
+            yield
+
+    def gradients(self, X: Array, y: Array) -> tuple[Array, dict[str, Array]]:
+        """The loss of one batch, and its gradients."""
+        Z, caches = self.model.forward(X)
+        value, cache = self.loss.forward(Z, y)
+        _, gradients = self.model.gradients(self.loss.backward(cache), caches, needs_dX=False)
+        return value, gradients
+
+    def finish_epoch(self) -> Row:
+        """Read what the device summed, validate, and close the epoch's row."""
+        began = time.perf_counter()
+        total, rows, bad, fatal = self.guard.read()
+        if fatal:
+            self._raise(fatal)
+        self.history.skipped = bad
+        row: Row = {
+            "epoch": self.epoch + 1,
+            "steps": self.step,
+            "loss": total / rows if rows else math.nan,
+            "lr": self.optimizer.learning_rate(self.optimizer.steps - 1),
+        }
+        if self.held is not None:
+            scores = _evaluate(self.model, self.held, self.loss, max(self.batch_size, 1024))
+            row.update({f"validation_{name}": score for name, score in scores.items()})
+        row["seconds"] = self.seconds + time.perf_counter() - began
+        self.history.rows.append(row)
+        self.epoch, self.position, self.seconds = self.epoch + 1, 0, 0.0
+        self.guard.start_epoch()
+        return row
+
+    def _raise(self, fatal: int) -> None:
+        """Name what was wrong in step `fatal`: the weights are as they were before it, so it can be looked at again."""
+        batch = (fatal - 1) % self.steps_per_epoch
+        X, y = next(self.data.batches(self.order(), self.batch_size, batch * self.batch_size))
+        value, gradients = self.gradients(X, y)
+        wrong = [name for name, g in gradients.items() if not np.isfinite(self.data.device.to_numpy(g)).all()]
+        raise NonFiniteError(
+            f"step {fatal} (epoch {self.epoch + 1}, batch {batch + 1} of {self.steps_per_epoch}) gave a loss of "
+            f"{float(self.data.device.to_numpy(value))} and gradients that are not finite for "
+            f"{', '.join(wrong) or 'no parameter'}; the weights are as they were before that step. "
+            "Lower the learning rate, clip the gradients (clip_norm=1.0), or scale the data",
+            fatal,
+            self.history,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights and optimizer, as JSON."""
+        total, rows, bad, fatal = self.guard.read()
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "position": self.position,
+            "seconds": self.seconds,
+            "seed": {"entropy": self.seed.entropy, "spawn_key": list(self.seed.spawn_key)},
+            "data": {"rows": len(self.data), "training_rows": self.count, "batch_size": self.batch_size},
+            "guard": {"total": total, "rows": rows, "bad": bad, "fatal": fatal},
+            "history": self.history.rows,
+            "stopped": self.stopped,
+        }
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise `ValueError` if `state` was saved by another training."""
+        mine = self.state()
+        for name in ("data", "seed"):
+            if state[name] != mine[name]:
+                raise ValueError(
+                    f"the checkpoint is of another training: its {name} is {state[name]}, here it is {mine[name]}; "
+                    "resume with the same data, batch_size, validation and seed"
+                )
+        if fatal := state["guard"]["fatal"]:
+            raise ValueError(f"the checkpoint is of a training that ended at step {fatal}, which was not finite")
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Be where `state` was saved."""
+        self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
+        self.seconds, self.stopped = state["seconds"], state["stopped"]
+        self.history.rows[:] = state["history"]
+        guard = state["guard"]
+        self.history.skipped = self.guard.bad = guard["bad"]
+        self.guard.start_epoch(guard["total"], guard["rows"])
+
+
+class _Saver:
+    """Writes checkpoints of a run at the right moments; does nothing without a folder."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None, every: int | None, run: _Run) -> None:
+        self.folder, self.every, self.run = folder, every, run
+        self.best = math.inf
+        self._lock: Any = None
+
+    def begin(self, resume: bool) -> None:
+        """Lock the folder, and load its newest good checkpoint if asked to."""
+        from . import checkpoint as files
+        from ._files import locked
+
+        assert self.folder is not None
+        self._lock = locked(self.folder)
+        self._lock.__enter__()
+        try:
+            found = files.checkpoints(self.folder)
+            if found and not resume:
+                raise ValueError(
+                    f"{os.fspath(self.folder)} holds checkpoints of a training already; go on with it by resume=True, "
+                    "or give another folder"
+                )
+            if found:
+                run = self.run
+                state = files.load_checkpoint(self.folder, run.model, run.optimizer, check=run.check)
+                run.restore(state)
+                self.best = state["best"]
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> _Saver:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._lock is not None:
+            self._lock.__exit__(None, None, None)
+            self._lock = None
+
+    def after_step(self) -> None:
+        """Save if it is this step's turn."""
+        if self.every and self.run.step % self.every == 0:
+            self.save()
+
+    def after_epoch(self, row: Row) -> None:
+        """Save after an epoch, and keep the best one apart."""
+        score = row["validation_loss" if "validation_loss" in row else "loss"]
+        best = score < self.best
+        self.best = min(score, self.best)
+        self.save(best=best)
+
+    def save(self, best: bool = False) -> None:
+        """Write a checkpoint, unless a step that must not be kept was among the last ones."""
+        if self.folder is None:
+            return
+        from .checkpoint import save_checkpoint
+
+        state = self.run.state()
+        if not state["guard"]["fatal"]:
+            state["best"] = self.best
+            save_checkpoint(self.folder, self.run.model, self.run.optimizer, state=state, best=best)
+
+
+def _evaluate(model: Any, data: _Data, loss: Any, batch_size: int) -> dict[str, float]:
+    """Mean loss and, where the targets are class ids, the share that the largest output gets right."""
+    losses, right, weights = [], [], []
+    for X, y in data.batches(None, batch_size):
+        with data.device:
+            Z = model(X)
+            value, _ = loss.forward(Z, y)
+        with computing_on(Z) as xp:
+            losses.append(xp.astype(value, xp.float32) if dtype_name(value.dtype) == "float16" else value)
+            weights.append(X.shape[0])
+            if not _is_float(y) and y.ndim == Z.ndim - 1:
+                hits = xp.argmax(Z, axis=-1) == y
+                right.append(xp.count_nonzero(hits))
+    with computing_on(losses[0]) as xp:
+        host = data.device.to_numpy(xp.stack(losses)).astype(np.float64)
+        scores = {"loss": math.fsum(host * weights) / len(data)}
+        if right:
+            per_row = math.prod(data.y.shape[1:])
+            scores["accuracy"] = int(data.device.to_numpy(xp.sum(xp.stack(right)))) / (len(data) * per_row)
+    return scores
+
+
+def evaluate(model: Any, X: Array, y: Array, *, loss: Any, batch_size: int = 1024) -> dict[str, float]:
+    """`{"loss": mean, "accuracy": fraction}` of `model` on `X` `(N, ...)` and `y`; accuracy where `y` are class ids.
+
+    Arrays move as in `fit`; the values are read once, at the end.
+
+    Raises `TypeError` or `ValueError` for arrays that do not fit.
+
+    >>> import numpy as np
+    >>> from anyarray_linear import Linear, SoftmaxCrossEntropy
+    >>> evaluate(Linear.from_arrays(np.eye(2)), np.eye(2), np.asarray([0, 0]), loss=SoftmaxCrossEntropy())["accuracy"]
+    0.5
+    """
+    _check_rows(X, y)
+    data = _Data(X, y, *_model_place(model, X))
+    batch_size = _positive_int("batch_size", batch_size)
+    with _memory_advice(data.device, batch_size):
+        return _evaluate(model, data, loss, batch_size)
+
+
+def predict(model: Any, X: Array, *, batch_size: int = 1024) -> Array:
+    """The raw outputs `Z` `(N, ...)` of `model` for `X` `(N, ...)`, where `X` lives and in the model's dtype.
+
+    Raises `TypeError` or `ValueError` for an `X` that does not fit.
+
+    >>> import numpy as np
+    >>> from anyarray_linear import Linear
+    >>> predict(Linear.from_arrays(np.eye(2)), np.eye(2))
+    array([[1., 0.],
+           [0., 1.]])
+    """
+    _check_rows(X, None)
+    data = _Data(X, X, *_model_place(model, X))
+    batch_size = _positive_int("batch_size", batch_size)
+    with _memory_advice(data.device, batch_size):
+        return _predict(model, data, batch_size)
+
+
+def _predict(model: Any, data: _Data, batch_size: int) -> Array:
+    home, take, parts = Device.of(data.X), _taker(data.X, None), []
+    for i in range(0, len(data), batch_size):
+        X = data.device.asarray(take(i, min(i + batch_size, len(data))), dtype=data.dtype)
+        with data.device:
+            parts.append(home.asarray(model(X)))
+    with computing_on(parts[0]) as xp:
+        return parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)
