@@ -1,0 +1,51 @@
+"""The commands together, and what they have in common: `--help` and `--version`."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .bench import bench
+from .devices import devices
+from .predict import predict
+from .train import train
+from .verify import verify
+
+app = typer.Typer(
+    name="anyarray-linear",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (train, predict, devices, verify, bench):
+    app.command()(command)
+
+
+def _show_versions(wanted: bool) -> None:
+    """Print the version of this package and of each array library that is installed, importing none of them."""
+    if not wanted:
+        return
+    print(f"anyarray_linear {__version__}")
+    for name in ("numpy", "array-api-compat", "cupy", "cupy-cuda12x", "cupy-cuda13x"):
+        with suppress(metadata.PackageNotFoundError):
+            print(f"{name} {metadata.version(name)}")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_versions, is_eager=True, help="Show the versions and exit.")
+    ] = False,
+) -> None:
+    """Linear layers with a hand-derived backward pass, on the CPU and on CUDA.
+
+    Start with `anyarray-linear train`: it learns handwritten digits, and says what it wrote where.
+    `anyarray-linear COMMAND --help` explains a command, with examples.
+    """

@@ -1,0 +1,99 @@
+"""What all commands share: exit codes, the one line that an error gets, and the signal handlers."""
+
+from __future__ import annotations
+
+import dis
+import os
+import signal
+import sys
+import warnings
+from types import FrameType
+from typing import Any, Self
+
+BAD_INPUT = 2
+
+_RAISE = dis.opmap["RAISE_VARARGS"]
+
+
+def exit_code_of(app: Any) -> int:
+    """Run a typer app on `sys.argv`, print what the user can mend as one line, and return the exit code."""
+    warnings.showwarning = _show_warning
+    try:
+        code = app(standalone_mode=False, prog_name="anyarray-linear")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        if line:
+            print(f"error: {line}", file=sys.stderr)
+        return BAD_INPUT
+    return code if isinstance(code, int) else 0
+
+
+def _show_warning(message: Warning | str, *details: Any, **more: Any) -> None:
+    """A warning as the user needs it: without the line of code that it came from."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def one_line(error: Exception) -> str | None:
+    """What to tell the user about `error`, or `None` when it is a fault of this package, whose traceback is needed."""
+    if hasattr(error, "format_message"):  # typer's own, about options and arguments
+        text = error.format_message().replace("Value error, ", "")  # empty where it has shown the help instead
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    elif isinstance(error, MemoryError):
+        text = f"out of memory ({error}); make --batch-size or --hidden smaller, or use another --device"
+    elif isinstance(error, OSError) or _is_worded(error):
+        text = str(error)
+    else:
+        return None
+    return " ".join(text.split())
+
+
+def _is_worded(error: Exception) -> bool:
+    """Whether a `raise` of this package made `error`: then its message is written for the user.
+
+    A `ValueError` that NumPy raised, or an operator on the wrong types, is nobody's wording.
+    """
+    if isinstance(error, AssertionError) or error.__traceback__ is None:
+        return False
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    package = __name__.partition(".")[0]
+    ours = last.tb_frame.f_globals.get("__name__", "").partition(".")[0] == package
+    return ours and last.tb_frame.f_code.co_code[last.tb_lasti] == _RAISE
+
+
+class StopSignals:
+    """A context in which SIGTERM and SIGINT ask for a stop, and a second one exits at once.
+
+    It is the stop flag that `fit` takes: `is_set()`. `exit_code` is 143 or 130 after a signal, else 0.
+    """
+
+    _signals = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+
+    def is_set(self) -> bool:
+        """Whether a signal has arrived."""
+        return self.exit_code != 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.is_set():
+            # not os._exit: unwinding takes away the file that is just being written
+            raise SystemExit(128 + number)
+        self.exit_code = 128 + number
+
+    def __enter__(self) -> Self:
+        self._before = [signal.signal(number, self._note) for number in self._signals]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in zip(self._signals, self._before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,89 @@
+"""What `train` leaves in its folder, and the table it ends with."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .._files import atomic_write
+from ..checkpoint import save_model
+
+FILES = ("config.json", "model.safetensors", "history.jsonl", "curves.png", "summary.json")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content`, for a reader as well as for a program."""
+    atomic_write(path, (json.dumps(_plain(content), indent=2) + "\n").encode())
+
+
+def write_results(
+    folder: Path, model: Any, metadata: dict[str, Any], rows: list[dict[str, Any]], summary: dict[str, Any]
+) -> None:
+    """Write all files but config.json, each of them whole, and the summary last: where it is, the others are."""
+    picture = io.BytesIO()
+    curves(rows).savefig(picture, format="png")
+    save_model(model, folder / "model.safetensors", metadata=metadata)
+    atomic_write(folder / "history.jsonl", "".join(json.dumps(_plain(row)) + "\n" for row in rows).encode())
+    atomic_write(folder / "curves.png", picture.getvalue())
+    write_json(folder / "summary.json", summary)
+
+
+def _plain(value: Any) -> Any:
+    """The value with `None` for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show(folder: Path, summary: dict[str, Any]) -> None:
+    """Print the summary as a table, and where the files are."""
+    console = Console()
+    scores = {name: value for name, value in summary.items() if isinstance(value, dict)}
+    columns = list(scores["train"])
+    table = Table("", *columns, title=f"{summary['device']}, {summary['seconds']:.1f} s")
+    for name, score in scores.items():
+        table.add_row(name, *(format(score[column], ".2%" if column == "accuracy" else ".4g") for column in columns))
+    console.print(table)
+    console.print(f"{escape(str(folder))}: {', '.join(FILES)}", soft_wrap=True)
+    if "interrupted" in summary:
+        console.print(
+            f"interrupted after {summary['epochs']} epochs; these are the files of what was trained so far. Go on with\n"
+            f"anyarray-linear train --out {escape(str(folder))} --resume",
+            soft_wrap=True,
+        )
+
+
+def curves(rows: list[dict[str, Any]]) -> Any:
+    """A matplotlib figure of loss and accuracy over the epochs; without pyplot, so that it needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    names = ["loss", "accuracy"] if any("accuracy" in row for row in rows) else ["loss"]
+    figure = Figure(figsize=(5 * len(names), 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for key, label in ((name, "training"), (f"validation_{name}", "validation")):
+            points = [(row["epoch"], row[key]) for row in rows if key in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if name == "accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+        elif rows and min(row["loss"] for row in rows) > 0:
+            axes.set_yscale("log")
+        if rows:
+            axes.legend()
+        else:
+            axes.set_title("no epoch was finished")
+    return figure

@@ -1,0 +1,109 @@
+"""The `devices` command: which devices work here, and why one does not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .. import doctor
+from ..device import Device, DeviceUnavailableError, select_device
+
+
+def devices(
+    doctor_: Annotated[
+        bool, typer.Option("--doctor", help="Show every step that proves that CUDA works, or the first that fails.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(metavar="SPEC", help='"auto", "cpu", "cuda" or "cuda:N"; exit 1 when it cannot be used.')
+    ] = "auto",
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """List the devices that work here, and say which one is chosen and why.
+
+    A CUDA device is listed once a kernel and a matrix product have run on it. With --doctor, each step is shown with its
+    time, and for the first failure what to do about it.
+    """
+    report = _report(device)
+    if json_:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _print(report, with_steps=doctor_)
+    if report["error"] is not None:
+        raise typer.Exit(1)
+
+
+def _report(spec: str) -> dict[str, Any]:
+    """Everything the command knows, as JSON: devices, the steps of each examination, and the chosen device."""
+    chosen, error = None, None
+    try:
+        chosen = select_device(spec)
+    except DeviceUnavailableError as unavailable:
+        error = str(unavailable)
+    except ValueError as unknown:
+        raise typer.BadParameter(str(unknown)) from None
+    numbers: list[int | None] = [*range(doctor.count())] or [None]
+    if spec.startswith("cuda:") and (asked := int(spec[5:])) not in numbers:
+        numbers = [asked]
+    examinations = {index: doctor.examine(index) for index in numbers}
+    working = [index for index, steps in examinations.items() if steps[-1].ok and index is not None]
+    return {
+        "devices": [_row(select_device("cpu")), *(_row(select_device(f"cuda:{index}")) for index in working)],
+        "examinations": {
+            "cuda" if index is None else f"cuda:{index}": [
+                {"step": step.name, "ok": step.ok, "seconds": step.seconds, "found": step.found, "cure": step.cure or None}
+                for step in steps
+            ]
+            for index, steps in examinations.items()
+        },
+        "chosen": None if chosen is None else str(chosen),
+        "reason": None if chosen is None else chosen.reason,
+        "error": error,
+        "warnings": [caution for index in working for caution in doctor.cautions(index)],
+    }
+
+
+def _row(device: Device) -> dict[str, Any]:
+    row: dict[str, Any] = {"device": str(device), "name": device.name, "memory_free": None, "memory_total": None}
+    with contextlib.suppress(NotImplementedError):
+        row["memory_free"], row["memory_total"] = device.memory()
+    return row if device.index is None else row | doctor.facts(device.index)
+
+
+def _print(report: dict[str, Any], *, with_steps: bool) -> None:
+    console = Console()
+    table = Table("device", "name", "compute capability", "free / total memory", "driver", "CuPy", "float32 products")
+    for row in report["devices"]:
+        memory = "" if row["memory_free"] is None else f"{_gib(row['memory_free'])} / {_gib(row['memory_total'])} GiB"
+        driver = f"CUDA {row['driver_cuda']}" if "driver_cuda" in row else ""
+        table.add_row(
+            row["device"], row["name"], row.get("compute_capability", ""), memory, driver,
+            row.get("cupy", ""), row.get("float32_products", ""),
+        )  # fmt: skip
+    console.print(table)
+    if with_steps:
+        for name, steps in report["examinations"].items():
+            table = Table("step", "verdict", "seconds", "found", title=name, title_justify="left")
+            for step in steps:
+                verdict = "[green]works[/]" if step["ok"] else "[red]fails[/]"
+                table.add_row(step["step"], verdict, f"{step['seconds']:.3f}", escape(step["found"]))
+            console.print(table)
+            if steps[-1]["cure"]:
+                console.print(f"To cure it: {steps[-1]['cure']}", style="bold", markup=False, soft_wrap=True)
+    for warning in report["warnings"]:
+        console.print(warning, style="yellow", markup=False, soft_wrap=True)
+    if report["error"] is not None:
+        typer.echo(report["error"], err=True)
+    else:
+        console.print(f"Chosen: {report['chosen']}, because {report['reason']}", markup=False, soft_wrap=True)
+    if not with_steps and not all(steps[-1]["ok"] for steps in report["examinations"].values()):
+        console.print("What to do about CUDA: --doctor says it.")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f}"

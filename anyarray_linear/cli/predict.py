@@ -1,0 +1,100 @@
+"""The `predict` command: a model's answers for the samples of a file, as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from .._files import atomic_write
+from ..checkpoint import CheckpointError, load_model, read_metadata
+from ..datasets import load_features
+from ..device import select_device
+from ..linear import Linear
+from ..protocol import leaves
+from ..training import predict as outputs_of
+
+Host = np.ndarray[Any, Any]
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model.safetensors, or the folder of a run.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="A .npz (X) or a .csv with the features the model was trained on.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The .csv to write; by default, standard output.")
+    ] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Add a column with the probability of each class.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(metavar="SPEC", help='"auto" is the best one that works; or "cpu", "cuda", "cuda:1".')
+    ] = "auto",
+) -> None:
+    """Write a model's predictions as CSV: a line per sample, with the class, or the number for a regression.
+
+    A .csv with a header is read by its column names, so other columns, such as the target, may be there too. Without a
+    header, the target may follow the features. Features go in as they are: the model contains their scaling.
+
+    **Examples**
+
+    - `anyarray-linear predict runs/first new_samples.csv`
+    - `anyarray-linear predict model.safetensors new.npz --probabilities --out predictions.csv`
+    """
+    path = model / "model.safetensors" if model.is_dir() else model
+    if out is not None and out.exists() and any(out.samefile(taken) for taken in (path, data) if taken.exists()):
+        raise typer.BadParameter("it is one of the files that are read; give another one", param_hint="--out")
+    network = load_model(path, device=select_device(device))
+    metadata = read_metadata(path)
+    classes, features = (_names(path, metadata, name) for name in ("classes", "features"))
+    if probabilities and classes is None:
+        raise typer.BadParameter(f"{path} has no classes, it predicts numbers", param_hint="--probabilities")
+    Z = outputs_of(network, load_features(data, _in_features(path, network), features=features))
+    Z = Z.reshape(len(Z), -1)
+    if classes is not None and len(classes) != Z.shape[1]:
+        raise CheckpointError(f"{path} names {len(classes)} classes, but its model has {Z.shape[1]} outputs")
+    text = _csv(Z, classes, probabilities)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        atomic_write(out, text.encode())
+
+
+def _names(path: Path, metadata: dict[str, Any], name: str) -> list[str] | None:
+    names = metadata.get(name)
+    if names is not None and not (isinstance(names, list) and all(isinstance(each, str) for each in names)):
+        raise CheckpointError(f"{path} has {name} that are no list of names; train the model again")
+    return names
+
+
+def _in_features(path: Path, network: Any) -> int:
+    layers = [layer for _, layer in leaves(network) if isinstance(layer, Linear)]
+    if not layers:
+        raise CheckpointError(f"{path} has no linear layer, so it says nothing about its features")
+    return layers[0].in_features
+
+
+def _csv(Z: Host, classes: list[str] | None, probabilities: bool) -> str:
+    """The outputs `Z` `(N, outputs)` as a table with a header."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    if classes is None:
+        writer.writerow(["prediction"] if Z.shape[1] == 1 else [f"prediction_{i}" for i in range(Z.shape[1])])
+        writer.writerows(Z.tolist())
+        return file.getvalue()
+    labels = [classes[i] for i in Z.argmax(axis=1)]
+    if not probabilities:
+        writer.writerow(["prediction"])
+        writer.writerows([label] for label in labels)
+        return file.getvalue()
+    E = np.exp(Z.astype(np.float64) - Z.max(axis=1, keepdims=True))
+    P = E / E.sum(axis=1, keepdims=True)
+    writer.writerow(["prediction", *(f"probability_{name}" for name in classes)])
+    writer.writerows([label, *row] for label, row in zip(labels, P.tolist(), strict=True))
+    return file.getvalue()

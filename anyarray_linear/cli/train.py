@@ -1,0 +1,247 @@
+"""The `train` command: from data to a folder with a model and everything that says how it came about."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .. import __version__
+from .._files import locked
+from ..checkpoint import checkpoints
+from ..losses import MeanSquaredError
+from ..training import evaluate, fit
+from ._common import StopSignals
+from ._results import FILES, show, write_json, write_results
+from ._run import LR, Run, bad, prepare
+
+_CHECKPOINTS = "checkpoints"
+_SCORED_ROWS = 10_000  # training accuracy is measured after each epoch, on this many samples at most
+_CHANGEABLE = ("device", "epochs", "checkpoint_every")  # by --resume
+_RESTORED = "restored"  # marks the context of a command line that was made from a config.json
+
+
+def _option(text: str, panel: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+def train(
+    context: typer.Context,
+    data: Annotated[
+        Path | None, _option("A .npz (X, y) or .csv (its last column is the target). Without it: the digits.", "Data")
+    ] = None,
+    target: Annotated[
+        str | None, _option("The target's column in a .csv, or array in a .npz.", "Data", metavar="NAME")
+    ] = None,
+    task: Annotated[
+        Literal["classification", "regression"] | None,
+        _option("What the target is; by default, integers and texts are classes.", "Data"),
+    ] = None,
+    standardize: Annotated[
+        bool, _option("Scale features, and a regression's target, to mean 0 and variance 1 while training.", "Data")
+    ] = True,
+    test: Annotated[float, _option("Fraction of the samples kept for the test at the end.", "Data")] = 0.2,
+    validation: Annotated[float, _option("Fraction of the others that is watched while training.", "Data")] = 0.1,
+    hidden: Annotated[
+        str, _option('Sizes of the hidden layers, such as 128,64; "none" for a linear model.', "Model", metavar="SIZES")
+    ] = "128",
+    activation: Annotated[
+        Literal["relu", "silu", "gelu", "tanh", "sigmoid"], _option("What stands between the layers.", "Model")
+    ] = "relu",
+    dtype: Annotated[
+        Literal["float32", "float64", "float16"], _option("What is computed in; float16 is for CUDA.", "Model")
+    ] = "float32",
+    device: Annotated[
+        str, _option('"auto", the best one that works; or "cpu", "cuda", "cuda:1".', "Training", metavar="SPEC")
+    ] = "auto",
+    epochs: Annotated[int, _option("How often the model sees every sample.", "Training", min=1)] = 30,
+    batch_size: Annotated[int, _option("Samples per step.", "Training", min=1)] = 32,
+    optimizer: Annotated[
+        Literal["sgd", "adam", "adamw"], _option("The update rule; sgd has a momentum of 0.9.", "Training")
+    ] = "adam",
+    lr: Annotated[
+        float | None, _option("Learning rate; by default 0.05 for sgd, else 0.002.", "Training", metavar="RATE")
+    ] = None,
+    schedule: Annotated[
+        Literal["constant", "cosine", "step", "warmup"],
+        _option("cosine: down to 0; step: to a tenth after each third; warmup: up during epoch 1.", "Training"),
+    ] = "constant",
+    weight_decay: Annotated[
+        float | None, _option("By default 0.01 for adamw, else 0.", "Training", metavar="DECAY")
+    ] = None,
+    clip_norm: Annotated[
+        float | None, _option("Largest norm of all gradients together.", "Training", metavar="NORM")
+    ] = None,
+    seed: Annotated[int, _option("Of the split, the weights and the order of the batches.", "Training", min=0)] = 0,
+    out: Annotated[
+        Path | None, _option("The run's folder; by default a new one in runs/.", "Output", metavar="FOLDER")
+    ] = None,
+    overwrite: Annotated[bool, _option("Replace the run that is in the folder.", "Output", "--overwrite")] = False,
+    resume: Annotated[bool, _option("Go on with the run in the folder, with its options.", "Output", "--resume")] = False,
+    checkpoint_every: Annotated[
+        int | None, _option("Save after so many steps too, not only after epochs.", "Output", metavar="STEPS", min=1)
+    ] = None,
+) -> None:
+    """Train a network of linear layers, and write a folder with the model and how it came about.
+
+    Without options it learns the handwritten digits that come with the package, in seconds. With `--data` it learns from
+    your file: classes or numbers, whichever its target has.
+
+    The folder gets `model.safetensors` (PyTorch reads it too), `summary.json` (loss and accuracy on training, validation
+    and test samples), `history.jsonl` (a line per epoch), `curves.png`, `config.json`, and `checkpoints` to resume from.
+    Features are scaled while training only: the saved model contains the scaling, and takes your data as it is. Ctrl-C
+    ends training after the step at hand; all files are written then too.
+
+    **Examples**
+
+    - `anyarray-linear train`
+    - `anyarray-linear train --data wine.csv --hidden 64,32 --epochs 50 --out wine`
+    - `anyarray-linear train --out wine --resume`
+    - `anyarray-linear predict wine new_wines.csv`
+    """
+    options = SimpleNamespace(**{name: value for name, value in locals().items() if name != "context"})
+    if resume and context.obj != _RESTORED:
+        given = {name for name in vars(options) if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+        command, arguments = context.command, _restored(options, given)
+        with command.make_context("train", arguments, parent=context.parent, obj=_RESTORED) as restored:
+            command.invoke(restored)
+        return
+    if resume and overwrite:
+        raise bad("overwrite", "it starts anew, and --resume goes on; give one of them")
+    options.lr = LR[optimizer] if lr is None else lr
+    run = prepare(options)  # what is wrong with the options shows here, before there is a folder
+    folder = out or _fresh_folder()
+    _refuse_a_used(folder, options)
+    is_new = not folder.exists()
+    with StopSignals() as stop, locked(folder / _CHECKPOINTS):
+        if overwrite:
+            _clear(folder)
+        try:
+            _train(run, options, folder, stop)
+        except BaseException:
+            if not resume and not checkpoints(folder / _CHECKPOINTS):  # there is nothing to go on with
+                _clear(folder)
+                _remove_empty(folder, is_new)
+            raise
+    if stop.is_set():
+        raise typer.Exit(stop.exit_code)
+
+
+def _fresh_folder() -> Path:
+    name = datetime.now().strftime("%Y%m%d-%H%M%S")
+    tries = (Path("runs", name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
+    return next(folder for folder in tries if not folder.exists())
+
+
+def _refuse_a_used(folder: Path, options: Any) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise bad("out", f"{folder} is a file; give a folder")
+    used = next((name for name in FILES if (folder / name).exists()), None)
+    if used is None and checkpoints(folder / _CHECKPOINTS):
+        used = _CHECKPOINTS
+    if used and not (options.overwrite or options.resume):
+        raise bad(
+            "out",
+            f"{folder} holds a run already ({used}); give another folder, go on with that run by --resume, "
+            "or replace it by --overwrite",
+        )
+
+
+def _clear(folder: Path) -> None:
+    """Remove the files that this command writes, and nothing else."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    for path in (*checkpoints(folder / _CHECKPOINTS), folder / _CHECKPOINTS / "best.safetensors"):
+        path.unlink(missing_ok=True)
+
+
+def _remove_empty(folder: Path, is_new: bool) -> None:
+    with suppress(OSError):  # something of somebody else's is in it
+        (folder / _CHECKPOINTS / ".lock").unlink(missing_ok=True)
+        (folder / _CHECKPOINTS).rmdir()
+        if is_new:
+            folder.rmdir()
+
+
+def _restored(options: Any, given: set[str]) -> list[str]:
+    """The command line that goes on with the run in the folder; options `given` again must be what they were."""
+    if options.out is None:
+        raise bad("resume", "it needs the folder of the run: --out FOLDER")
+    path = options.out / "config.json"
+    try:
+        with path.open(encoding="utf-8") as file:
+            stored = dict(json.loads(file.read(1 << 20))["options"])
+    except FileNotFoundError:
+        raise bad("resume", f"{options.out} holds no run (no config.json); leave out --resume to start one") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); start anew with --overwrite") from error
+    now = _stored(options)
+    for name in given & now.keys():
+        fixed = name not in _CHANGEABLE or (name == "epochs" and stored.get("schedule") != "constant")
+        if fixed and now[name] != stored.get(name):
+            raise bad(name, f"it is {now[name]}, but the run in {options.out} has {stored.get(name)}; leave it out")
+    stored |= {name: now[name] for name in given & now.keys()}
+    arguments = [f"--out={options.out}", "--resume"] + ["--overwrite"] * options.overwrite
+    for name, value in stored.items():
+        flag = name.replace("_", "-")
+        if value is not None:
+            arguments.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}")
+    return arguments
+
+
+def _stored(options: Any) -> dict[str, Any]:
+    """The options that config.json keeps, as JSON; where the files are as seen from anywhere."""
+    kept = {name: value for name, value in vars(options).items() if name not in ("out", "resume", "overwrite")}
+    return kept | {"data": None if options.data is None else str(options.data.resolve())}
+
+
+def _train(run: Run, options: Any, folder: Path, stop: StopSignals) -> None:
+    """Train, and write the results."""
+    config = {"options": _stored(options), "device": str(run.device), "model": repr(run.model), "version": __version__}
+    write_json(folder / "config.json", config)
+    counts = ", ".join(f"{len(y)} {name}" for name, (_, y) in run.parts.items())
+    print(f"{options.data or 'digits'}: {counts} samples; {run.device}: {run.device.reason}", flush=True)
+
+    X, y = run.scaled("train")
+    rows_now = []
+
+    def score(model: Any, row: dict[str, Any]) -> None:
+        rows_now.append(row)
+        if run.classes is not None:
+            row["accuracy"] = evaluate(model, X[:_SCORED_ROWS], y[:_SCORED_ROWS], loss=run.loss)["accuracy"]
+
+    began = time.perf_counter()
+    history = fit(
+        run.model,
+        X,
+        y,
+        loss=run.loss,
+        optimizer=run.optimizer,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        validation=run.scaled("validation") if "validation" in run.parts else None,
+        seed=options.seed,
+        callbacks=[score],
+        checkpoint=folder / _CHECKPOINTS,
+        checkpoint_every=options.checkpoint_every,
+        resume=options.resume,
+        stop=stop,
+    )
+    rows_before = history.rows[: len(history.rows) - len(rows_now)]  # from before it was resumed
+    seconds = time.perf_counter() - began + sum(row["seconds"] for row in rows_before)
+
+    model = run.for_raw_data()
+    loss = run.loss if run.classes is not None else MeanSquaredError()
+    scores = {name: evaluate(model, X, y, loss=loss) for name, (X, y) in run.parts.items()}  # of what is saved, on raw data
+    summary = {"device": str(run.device), "seconds": round(seconds, 3), **scores}
+    if history.interrupted:
+        summary |= {"interrupted": True, "epochs": len(history.rows)}
+    write_results(folder, model, {"classes": run.classes, "features": run.features}, history.rows, summary)
+    show(folder, summary)

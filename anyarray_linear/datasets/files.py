@@ -1,0 +1,194 @@
+"""Loading `.npz` and `.csv` files: all of a data set to train on, or the features alone to predict from."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .._arrays import Array
+from ._checks import Data, Task, as_classes, as_features, as_target, check_file, listed, refusal, shown
+from ._csv import Layout, Table, is_number, read_csv
+from ._npz import read_npz
+
+
+def load_data(path: str | os.PathLike[str], *, target: str | None = None, task: Task | None = None) -> Data:
+    """Load features and targets from a file.
+
+    Args:
+        path: a `.npz` with the arrays `X` `(N, D)` and `y` `(N,)`; or a `.csv` in UTF-8 with one sample per line,
+            cells separated by commas, semicolons or tabs, with or without a header (the first line is one when a
+            feature in it is no number, or when its numbers can only be names: 0, 1, 2, ... or years).
+        target: the name of the target column (default: the last one) or array (default: `y`).
+        task: `"classification"` or `"regression"`. Default: integers and texts are classes, floats a regression target,
+            except floats that are exactly the ids 0 to K - 1, each more than once, which are classes too.
+
+    Returns:
+        `Data(X, y, classes, features)`. Integers are used as class ids as they are; texts get ids in sorted order, and
+        `classes` has the name of each id.
+
+    Raises:
+        DataError: the file cannot be used; one line says what was wrong, where, and how to fix it.
+        ValueError: `task` is not one of the two.
+
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "fruit.csv"
+    >>> _ = path.write_text("length,width,name\\n18.5,3.5,banana\\n7.1,7.0,apple\\n")
+    >>> X, y, classes, features = load_data(path)
+    >>> X.shape, y.tolist(), classes, features
+    ((2, 2), [1, 0], ('apple', 'banana'), ('length', 'width'))
+    """
+    if task not in (None, "classification", "regression"):
+        raise ValueError(f"task is {task!r}, but must be 'classification', 'regression' or None")
+    path = check_file(path)
+    return (_from_npz if path.suffix.lower() == ".npz" else _from_csv)(path, target, task)
+
+
+def load_features(path: str | os.PathLike[str], n_features: int, *, features: Sequence[str] | None = None) -> Array:
+    """Load the features alone, to predict from: a file for `load_data`, with its targets or without.
+
+    Args:
+        path: a `.npz` with the array `X` `(N, n_features)`; or a `.csv` with `n_features` columns, or one more, whose
+            last column is then taken for the target and left out.
+        n_features: how many features the model takes.
+        features: the column names that the model was trained on (`Data.features`). Given, a `.csv` with a header is
+            read by these names, whatever the order of its columns and whatever other columns it has.
+
+    Returns:
+        `X`, float32 or float64, `(N, n_features)`.
+
+    Raises:
+        DataError: the file cannot be used; one line says what was wrong, where, and how to fix it.
+    """
+    path = check_file(path)
+    if path.suffix.lower() == ".npz":
+        X = as_features(path, read_npz(path, ("X",))[0], _in_array("X"))
+        if X.shape[1] != n_features:
+            raise refusal(path, f"X has {X.shape[1]} features but the model takes {n_features}; give it the same ones")
+        return X
+
+    def choose(row: list[str]) -> Layout:
+        names = _names(path, row, n_features)
+        if names is not None and features is not None:
+            index = {name: i for i, name in enumerate(names)}
+            missing = [name for name in features if name not in index]
+            if missing:
+                raise refusal(
+                    path,
+                    f"has no column {listed(missing)}, which the model was trained on "
+                    f"(it has {listed(names)}); add or rename columns",
+                )
+            return Layout(names, [index[name] for name in features], None)
+        if len(row) not in (n_features, n_features + 1):
+            raise refusal(
+                path,
+                f"has {len(row)} columns but the model takes {n_features} features "
+                "(a target may follow them); give it the same columns",
+            )
+        return Layout(names, list(range(n_features)), None)
+
+    table = read_csv(path, choose)
+    return as_features(path, table.X, table.where)
+
+
+def _from_npz(path: Path, target: str | None, task: Task | None) -> Data:
+    name = "y" if target is None else target
+    X, y = read_npz(path, ("X", name))
+    X = as_features(path, X, _in_array("X"))
+    if y.shape[:1] != X.shape[:1]:
+        raise refusal(path, f"X has shape {X.shape} but {name} has {y.shape}; save one target for each row of X")
+    if y.dtype.kind == "U":
+        labels, codes = np.unique(y, return_inverse=True)
+        y, classes = as_classes(path, labels.tolist(), codes.reshape(y.shape), task, _in_array(name))
+        return Data(X, y, classes, None)
+    return Data(X, *as_target(path, y, task, _in_array(name)), None)
+
+
+def _from_csv(path: Path, target: str | None, task: Task | None) -> Data:
+    first_row: list[str] = []
+
+    def choose(row: list[str]) -> Layout:
+        first_row.extend(row)
+        if len(row) < 2:
+            raise refusal(path, "has one column only; put the features in the first columns and the target in the last")
+        if target is None:
+            names = _names(path, row, len(row) - 1)
+            return Layout(names, list(range(len(row) - 1)), len(row) - 1)
+        names = _header(path, row)
+        if target not in names:
+            raise refusal(path, f"has no column {shown(target)} in its header (it has {listed(names)}); name one of these")
+        index = names.index(target)
+        return Layout(names, [i for i in range(len(row)) if i != index], index)
+
+    table = read_csv(path, choose)
+    if table.layout.names is None and _is_header(first_row, table):
+        table = table.without_first_row(_header(path, first_row))
+    _, labels, codes, _, layout = table
+    X = as_features(path, table.X, table.where)
+    features = None if layout.names is None else tuple(layout.names[i] for i in layout.columns)
+    numeric = [is_number(label) for label in labels]
+    if all(numeric):
+        if task is None and all(re.fullmatch(r"[+-]?[0-9]+", label) for label in labels):
+            task = "classification"
+        y = np.array([float(label) for label in labels])[codes]
+        return Data(X, *as_target(path, y, task, table.where), features)
+    if any(map(_is_finite, labels)) and task != "classification":
+        row = int((codes == numeric.index(False)).argmax())
+        raise refusal(
+            path,
+            f"{table.where(row)} is {shown(labels[codes[row]])} but other targets are numbers; "
+            "correct it, or ask for the task 'classification' if all are names",
+        )
+    return Data(X, *as_classes(path, labels, codes, task, table.where), features)
+
+
+def _names(path: Path, row: list[str], n_features: int) -> list[str] | None:
+    """The column names, if the first row is a header: a feature in it is no number, or it counts 0, 1, 2, ... as pandas
+    does for columns without names (a sample of more than four columns hardly does)."""
+    counts = len(row) > 4 and row == [str(i) for i in range(len(row))]
+    return _header(path, row) if counts or not all(map(is_number, row[:n_features])) else None
+
+
+def _is_header(row: list[str], table: Table) -> bool:
+    """Whether a first row is a header for all that its features read as numbers (years, say): they are different whole
+    numbers, and its target is the only one that is text."""
+    names = [name.strip() for name in row[:-1]]
+    texts = [not _is_finite(label) for label in table.labels]
+    return (
+        all(map(str.isdecimal, names))
+        and len(set(names)) == len(names)
+        and texts[0]
+        and not any(texts[1:])
+        and len(texts) > 1
+        and int((table.codes == 0).sum()) == 1
+    )
+
+
+def _is_finite(label: str) -> bool:
+    return is_number(label) and math.isfinite(float(label))
+
+
+def _in_array(name: str) -> Callable[..., str]:
+    """What words a position in an array for a message: `X[3, 0]`."""
+    return lambda *at: f"{name}[{', '.join(map(str, at))}]"
+
+
+def _header(path: Path, row: list[str]) -> list[str]:
+    """The column names in a first row, if each column has its own; else `DataError`."""
+    names = [name.strip() for name in row]
+    seen: set[str] = set()
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise refusal(
+                path,
+                f"column {number} has no name in the header; give it one, or remove it if it only counts "
+                "the rows (in pandas: to_csv(path, index=False))",
+            )
+        if name in seen:
+            raise refusal(path, f"two columns are called {shown(name)} in the header; rename one")
+        seen.add(name)
+    return names
