@@ -1,0 +1,219 @@
+"""Thousands of damaged files: each is refused by name, or says what it said before; in bounded time and memory."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anyarray_linear import SGD, Adam, Linear, Sequential, Tanh, checkpoint
+from anyarray_linear.checkpoint import CheckpointError, load_checkpoint, load_model, read_metadata, save_checkpoint
+
+pytest.importorskip("safetensors")
+
+TOKENS = [b"null", b"-1", b"1e999", b"NaN", b"9" * 400, b"[]", b"{}", b'""', b"true", b"[" * 200, b'"\\ud800"', b"\0", b"\xff"]
+TOKENS += [b"F16", b"F64", b"BF16", b"0.weight", b"optimizer/", b"__metadata__", b"shape", b"anyarray_linear", b"\\u0000"]
+VALUES = [None, True, -1, 0, 1, 2**70, 1.5, float("nan"), "", "0.weight", "ReLU", "Sequential", "../x", [], [[]], {}]
+
+
+def model() -> Sequential:
+    shared = Linear(2, 2, seed=1)
+    return Sequential(shared, Tanh(), Sequential(Linear(2, 2, seed=2)), shared)
+
+
+def flip(data: bytearray, rng: random.Random) -> None:
+    for _ in range(rng.choice((1, 1, 1, 10))):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+
+
+def cut(data: bytearray, rng: random.Random) -> None:
+    del data[rng.randrange(len(data)) :]
+
+
+def extend(data: bytearray, rng: random.Random) -> None:
+    data += rng.randbytes(rng.randrange(1, 100))
+
+
+def remove(data: bytearray, rng: random.Random) -> None:
+    at = rng.randrange(len(data))
+    del data[at : at + rng.randrange(1, 50)]
+
+
+def repeat(data: bytearray, rng: random.Random) -> None:
+    at = rng.randrange(len(data))
+    data[at:at] = data[at : at + rng.randrange(1, 200)]
+
+
+def overwrite(data: bytearray, rng: random.Random) -> None:
+    at, size = rng.randrange(len(data)), rng.randrange(1, 50)
+    data[at : at + size] = rng.choice((bytes(size), b"\xff" * size, rng.randbytes(size)))
+
+
+def lengthen(data: bytearray, rng: random.Random) -> None:
+    size = int.from_bytes(data[:8], "little")
+    new = rng.choice((size + rng.randrange(-20, 20), rng.randrange(2**64), 2 ** rng.randrange(64), 0))
+    data[:8] = (new % 2**64).to_bytes(8, "little")
+
+
+def put_token(data: bytearray, rng: random.Random) -> None:
+    """Another token in the header, whose length is put right."""
+    size = int.from_bytes(data[:8], "little")
+    at, token = rng.randrange(8, 8 + size), rng.choice(TOKENS)
+    replaced = rng.randrange(min(len(token), 8 + size - at) + 1)
+    data[at : at + replaced] = token
+    data[:8] = (size + len(token) - replaced).to_bytes(8, "little")
+
+
+def reseal(data: bytearray, rng: random.Random) -> None:
+    """Another value somewhere in the description, and the checksum that belongs to it."""
+    from safetensors.numpy import load
+
+    size = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    info = json.loads(header["__metadata__"]["anyarray_linear"])
+    del info["sha256"]
+    places: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key in node if isinstance(node, dict) else range(len(node)):
+            places.append((node, key))
+            if isinstance(node[key], (dict, list)):
+                walk(node[key])
+
+    walk(info)
+    node, key = rng.choice(places)
+    if rng.random() < 0.2:
+        del node[key]
+    else:
+        node[key] = rng.choice([*VALUES, rng.choice(places)[0]])
+    try:
+        info["sha256"] = checkpoint._digest(info, load(bytes(data)))
+        header["__metadata__"]["anyarray_linear"] = json.dumps(info)
+    except ValueError:  # a node within itself
+        return
+    text = json.dumps(header).encode()
+    data[:] = len(text).to_bytes(8, "little") + text + body
+
+
+HARM: list[Callable[[bytearray, random.Random], None]] = [
+    flip, cut, extend, remove, repeat, overwrite, lengthen, put_token, reseal, reseal,
+]  # fmt: skip
+
+
+def bytes_of(model: Any) -> list[bytes]:
+    return [x.tobytes() for x in model.parameters().values()]
+
+
+def peak_megabytes(*, reset: bool = False) -> float:
+    """The most memory this process has had, on Linux, since it was reset."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0.0
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def fuzz(folder: Path, count: int) -> None:
+    rng, original = random.Random(0), model()
+    optimizer = Adam(0.1)
+    optimizer.step(original, {name: np.ones(x.shape) for name, x in original.parameters().items()})
+    state = {"step": 1, "history": [{"loss": 0.5, "epoch": 1}], "random": {"state": 2**127 + 1}, "names": ["a", "b"]}
+    path = save_checkpoint(folder, original, optimizer, state=state)
+    good, expected = path.read_bytes(), (bytes_of(original), state)
+    refused = 0
+    before = peak_megabytes(reset=True)
+    for i in range(count):
+        data, harm = bytearray(good), rng.choice(HARM)
+        harm(data, rng)
+        path.write_bytes(data)
+        context = f"file {i}, {harm.__name__}"
+        into, fresh, other = model(), model(), rng.choice((Adam(0.1), Adam(0.1), SGD(0.1)))
+        untouched = bytes_of(into), other.state_dict()
+
+        def resume(fresh: Any = fresh, other: Any = other) -> Any:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return fresh, load_checkpoint(folder, fresh, other)
+
+        def fill(into: Any = into) -> Any:
+            return load_model(path, into=into), read_metadata(path)
+
+        for read in (resume, fill, lambda: (load_model(path), read_metadata(path))):
+            error, start = None, time.process_time()
+            try:
+                found, metadata = read()
+            except CheckpointError as caught:
+                error = caught
+            assert time.process_time() - start < 2, context
+            if error is None:
+                assert harm is reseal or (bytes_of(found), metadata) == expected, context
+                continue
+            refused += 1
+            assert path.name in str(error), context
+            if read is resume:
+                assert (bytes_of(fresh), other.state_dict()) == untouched, context
+            if read is fill:
+                assert bytes_of(into) == untouched[0], context
+    assert peak_megabytes() - before < 200
+    assert refused > count  # of three readings of each
+
+
+def test_a_few_hundred_damaged_files_are_refused_or_as_before(tmp_path: Path) -> None:
+    fuzz(tmp_path, 400)
+
+
+@pytest.mark.slow
+def test_ten_thousand_damaged_files_are_refused_or_as_before(tmp_path: Path) -> None:
+    fuzz(tmp_path, 10_000)
+
+
+@pytest.mark.slow
+def test_damaged_configurations_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    """A run's config.json, damaged in 2,500 ways: `train --resume` says what is wrong in one line, or finds nothing wrong."""
+    import sys
+
+    from anyarray_linear.cli import _common, train
+    from anyarray_linear.cli._app import app
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["anyarray-linear", *arguments])
+        return _common.exit_code_of(app)
+
+    out = tmp_path / "run"
+    assert command("train", "--epochs", "1", "--out", str(out)) == 0
+    monkeypatch.setattr(train, "_train", lambda *whatever: None)  # what is fuzzed is all that comes before
+    config = out / "config.json"
+    whole, rng, refused = config.read_bytes(), random.Random(0), 0
+    for _ in range(2_500):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            at, kind = rng.randrange(len(damaged)), rng.randrange(4)
+            if kind == 0:
+                damaged[at] ^= 1 << rng.randrange(8)
+            elif kind == 1:
+                del damaged[at : at + rng.randint(1, 40)]
+            elif kind == 2:
+                damaged[at:at] = rng.choice([b"[" * 5000, b"null", b"-1", b"1e999", b'"', b"{}", b"\x00", b"9" * 400, b"../../"])
+            else:
+                damaged[at:] = b""
+            damaged = damaged or bytearray(b" ")
+        config.write_bytes(damaged)
+        capsys.readouterr()
+        began = time.process_time()
+        code = command("train", "--resume", "--out", str(out))
+        assert time.process_time() - began < 2
+        lines = capsys.readouterr().err.splitlines()
+        assert code in (0, 2), damaged
+        if code == 2:
+            refused += 1
+            assert len(lines) == 1, lines
+            assert lines[0].startswith("error: ")
+    assert refused > 1_000

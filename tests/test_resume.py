@@ -1,0 +1,295 @@
+"""A training that stops after any step and goes on ends in the same bits as one that never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from anyarray_linear import (
+    SGD,
+    Adam,
+    AdamW,
+    CheckpointError,
+    Linear,
+    NonFiniteError,
+    ReLU,
+    Sequential,
+    SoftmaxCrossEntropy,
+    fit,
+    load_checkpoint,
+    load_model,
+)
+from anyarray_linear.checkpoint import checkpoints
+from anyarray_linear.schedules import cosine, step_decay
+
+OPTIMIZERS = {
+    "sgd": lambda: SGD(step_decay(0.1, 7, 0.5), momentum=0.9, nesterov=True, clip_norm=1.0),
+    "adam": lambda: Adam(cosine(1e-2, 40, warmup=5)),
+    "adamw": lambda: AdamW(cosine(1e-2, 40), clip_norm=0.5),
+}
+STEPS_PER_EPOCH, EPOCHS = 7, 4  # 50 rows, 40 of them for training, in batches of 6
+
+
+class StopAfter:
+    """A stop flag that is set once so many steps are done."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def is_set(self):
+        self.steps -= 1
+        return self.steps <= 0
+
+
+def data():
+    rng = np.random.default_rng(3)
+    return rng.standard_normal((50, 6)).astype(np.float32), rng.integers(0, 3, 50)
+
+
+def network(backend=None, sizes=(6, 8, 3)):
+    place = {"device": None if backend is None else backend.device, "dtype": "float32"}
+    return Sequential(Linear(*sizes[:2], seed=1, **place), ReLU(), Linear(*sizes[1:], seed=2, **place))
+
+
+def train(model, optimizer, **options):
+    X, y = data()
+    options = {"epochs": EPOCHS, "batch_size": 6, "validation": 0.2, "seed": 11, "progress": False, **options}
+    return fit(model, X, y, loss=SoftmaxCrossEntropy(), optimizer=optimizer, **options)
+
+
+def weights(model, backend=None):
+    return {k: np.array(p if backend is None else backend.to_numpy(p)) for k, p in model.parameters().items()}
+
+
+def rows(history):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history.rows]
+
+
+def assert_same(mine, theirs):
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+
+
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+def test_stopping_after_any_step_and_going_on_changes_no_bit(backend, rule, tmp_path):
+    whole = network(backend)
+    history = train(whole, OPTIMIZERS[rule]())
+    # 20 of the 28 steps on NumPy; on the others the first, the last and those around an epoch's end
+    stops = sorted(random.Random(rule).sample(range(1, EPOCHS * STEPS_PER_EPOCH), 20))
+    for stop in stops if backend.name == "numpy" else [1, 7, 8, 27]:
+        folder = tmp_path / str(stop)
+        first = train(network(backend), OPTIMIZERS[rule](), checkpoint=folder, stop=StopAfter(stop))
+        assert first.interrupted
+        resumed = network(backend)
+        second = train(resumed, OPTIMIZERS[rule](), checkpoint=folder, resume=True)
+        assert_same(weights(resumed, backend), weights(whole, backend))
+        assert rows(second) == rows(history)
+        assert not second.interrupted
+
+
+def test_a_run_may_stop_many_times(tmp_path):
+    whole, optimizer = network(), Adam(1e-2)
+    history = train(whole, optimizer)
+    for _ in range(100):
+        model = network()
+        latest = train(model, Adam(1e-2), checkpoint=tmp_path, resume=True, stop=StopAfter(3))
+        if not latest.interrupted:
+            break
+    assert_same(weights(model), weights(whole))
+    assert rows(latest) == rows(history)
+
+
+def test_a_finished_run_resumes_to_itself_and_goes_on_to_more_epochs(tmp_path):
+    whole = network()
+    history = train(whole, Adam(1e-2), epochs=EPOCHS + 2)
+    train(network(), Adam(1e-2), checkpoint=tmp_path)
+    again = network()
+    assert len(train(again, Adam(1e-2), checkpoint=tmp_path, resume=True).rows) == EPOCHS
+    longer = network()
+    assert rows(train(longer, Adam(1e-2), checkpoint=tmp_path, resume=True, epochs=EPOCHS + 2)) == rows(history)
+    assert_same(weights(longer), weights(whole))
+
+
+def test_a_checkpoint_goes_on_where_another_backend_left_it(backend, tmp_path):
+    host = network()
+    train(host, Adam(1e-2))
+    train(network(backend), Adam(1e-2), checkpoint=tmp_path / "there", stop=StopAfter(9))
+    here = network()
+    train(here, Adam(1e-2), checkpoint=tmp_path / "there", resume=True)
+    train(network(), Adam(1e-2), checkpoint=tmp_path / "here", stop=StopAfter(9))
+    there = network(backend)
+    train(there, Adam(1e-2), checkpoint=tmp_path / "here", resume=True)
+    assert all(backend.owns(p) for p in there.parameters().values())
+    # float32 rounding differs between backends; 28 steps of Adam at 1e-2 move a weight by at most 0.28, and what rounding
+    # changes is far below a thousandth of that
+    for model, where in ((here, None), (there, backend)):
+        for name, W in weights(model, where).items():
+            np.testing.assert_allclose(W, weights(host)[name], atol=2.8e-4, err_msg=name)
+
+
+def test_checkpoints_are_kept_by_number_and_the_best_apart(tmp_path):
+    losses = []
+    train(network(), Adam(1e-1), epochs=12, checkpoint=tmp_path, callbacks=[lambda m, row: losses.append(row["validation_loss"])])
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step-{7 * epoch:09}.safetensors" for epoch in (12, 11, 10)]
+    best = load_model(tmp_path / "best.safetensors")
+    at_best = network()
+    train(at_best, Adam(1e-1), epochs=int(np.argmin(losses)) + 1)
+    assert_same(weights(best), weights(at_best))
+
+
+def test_checkpoint_every_writes_after_so_many_steps(tmp_path):
+    train(network(), Adam(), epochs=1, checkpoint=tmp_path, checkpoint_every=3, stop=StopAfter(7))
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step-{step:09}.safetensors" for step in (7, 6, 3)]
+
+
+def test_a_folder_with_checkpoints_is_not_trained_over(tmp_path):
+    train(network(), Adam(), epochs=1, checkpoint=tmp_path)
+    model = network()
+    before = weights(model)
+    with pytest.raises(ValueError, match="resume=True"):
+        train(model, Adam(), epochs=1, checkpoint=tmp_path)
+    assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 5}, {"seed": 12}, {"validation": 0.3}])
+def test_a_checkpoint_of_another_training_is_refused_and_nothing_changed(change, tmp_path):
+    train(network(), Adam(), epochs=1, checkpoint=tmp_path)
+    model, optimizer = network(), Adam()
+    before = weights(model)
+    with pytest.raises(CheckpointError, match="of another training"):
+        train(model, optimizer, checkpoint=tmp_path, resume=True, **change)
+    assert_same(weights(model), before)
+    assert optimizer.steps == 0
+
+
+def test_another_model_or_optimizer_is_refused(tmp_path):
+    train(network(), Adam(), epochs=1, checkpoint=tmp_path)
+    for model, optimizer in ((network(sizes=(6, 9, 3)), Adam()), (network(), SGD(0.1))):
+        before = weights(model)
+        with pytest.raises(CheckpointError):
+            train(model, optimizer, checkpoint=tmp_path, resume=True)
+        assert_same(weights(model), before)
+
+
+def test_a_damaged_last_checkpoint_is_passed_over_and_said(tmp_path):
+    whole = network()
+    train(whole, Adam())
+    train(network(), Adam(), checkpoint=tmp_path, checkpoint_every=1, stop=StopAfter(10))
+    newest, before = checkpoints(tmp_path)[:2]
+    newest.write_bytes(newest.read_bytes()[:-9])
+    model = network()
+    with pytest.warns(RuntimeWarning, match=newest.name):
+        train(model, Adam(), checkpoint=tmp_path, resume=True)
+    assert before.name == "step-000000009.safetensors"
+    assert_same(weights(model), weights(whole))
+
+
+class Spoiled(SoftmaxCrossEntropy):
+    """A loss that is NaN from its tenth call on."""
+
+    calls = 0
+
+    def forward(self, Z, target):
+        value, cache = super().forward(Z, target)
+        Spoiled.calls += 1
+        return (value * np.nan if Spoiled.calls >= 10 else value), cache
+
+
+def test_a_step_that_is_not_finite_leaves_the_last_checkpoint_intact(tmp_path):
+    X, y = data()
+    Spoiled.calls = 0
+    model = network()
+    with pytest.raises(NonFiniteError):
+        fit(model, X, y, loss=Spoiled(), optimizer=Adam(), batch_size=6, checkpoint=tmp_path, checkpoint_every=1, progress=False)
+    assert all(np.isfinite(p).all() for p in weights(model).values())
+    state = load_checkpoint(tmp_path, network(), Adam())
+    assert state["step"] == 8  # one call of the loss was fit's look at a row before training; the ninth step was bad
+    assert_same(weights(load_model(checkpoints(tmp_path)[0])), weights(model))
+
+
+def test_a_second_training_in_the_folder_is_refused(tmp_path):
+    refusals = []
+
+    def other(model, row):
+        def attempt():
+            try:
+                train(network(), Adam(), checkpoint=tmp_path, resume=True)
+            except BlockingIOError as error:
+                refusals.append(str(error))
+
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+        return True
+
+    train(network(), Adam(), checkpoint=tmp_path, callbacks=[other])
+    assert len(refusals) == 1
+    assert str(os.getpid()) in refusals[0]
+    train(network(), Adam(), checkpoint=tmp_path, resume=True)  # the lock is gone
+
+
+VICTIM = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_resume as t
+print("training", flush=True)
+while True:
+    history = t.train(t.network(), t.OPTIMIZERS["adamw"](), checkpoint={folder!r}, checkpoint_every=1, resume=True, epochs={epochs})
+    break
+print("done", flush=True)
+"""
+
+
+def killed_at_random(tmp_path, kills, epochs):
+    """Kill -9 a training that writes a checkpoint each step, so many times; then let it end. Returns how far each got."""
+    moments = random.Random(0)
+    reached = []
+    whole = network()
+    history = train(whole, OPTIMIZERS["adamw"](), epochs=epochs)
+    code = VICTIM.format(tests=os.path.dirname(__file__), folder=str(tmp_path), epochs=epochs)
+    for _ in range(kills):
+        victim = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert victim.stdout is not None
+        assert victim.stdout.readline() == "training\n"
+        time.sleep(moments.uniform(0, 0.08))
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        victim.stdout.close()
+        found = checkpoints(tmp_path)
+        if found:
+            state = load_checkpoint(tmp_path, network(), OPTIMIZERS["adamw"]())  # a damaged file would warn, so fail
+            reached.append(state["step"])
+    model = network()
+    last = train(model, OPTIMIZERS["adamw"](), checkpoint=tmp_path, checkpoint_every=1, resume=True, epochs=epochs)
+    assert_same(weights(model), weights(whole))
+    assert rows(last) == rows(history)
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
+    return reached
+
+
+def test_killed_at_random_moments_it_goes_on_to_the_same_bits(tmp_path):
+    killed_at_random(tmp_path, kills=4, epochs=4)
+
+
+@pytest.mark.slow
+def test_killed_at_two_hundred_random_moments_it_goes_on_to_the_same_bits(tmp_path):
+    reached = killed_at_random(tmp_path, kills=200, epochs=400)
+    assert len(set(reached)) > 50  # kills while it trained, not only while it started
+    assert reached == sorted(reached)
+
+
+def test_the_state_in_a_checkpoint_is_plain_json(tmp_path):
+    train(network(), Adam(), epochs=1, checkpoint=tmp_path)
+    state = load_checkpoint(tmp_path, network(), Adam())
+    assert json.loads(json.dumps(state)) == state
+    assert state["epoch"] == 1
