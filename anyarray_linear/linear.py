@@ -44,7 +44,19 @@ import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
-from ._arrays import Array, Namespace, check_alike, check_array, check_float, check_shape, computing_on, describe, device_of
+from ._arrays import (
+    Array,
+    Namespace,
+    at_a_glance,
+    check_alike,
+    check_array,
+    check_float,
+    check_shape,
+    computing_on,
+    describe,
+    device_of,
+    surely_alike,
+)
 from ._pickling import pin, unpin
 from .device import Device, select_device
 from .initializers import draw_parameters
@@ -75,6 +87,9 @@ def linear_forward(X: Array, W: Array, b: Array | None = None) -> Array:
     >>> linear_forward(np.asarray([1.0, 2.0]), np.asarray([[3.0, 4.0]]), np.asarray([[0.5]]))
     array([11.5])
     """
+    xp = at_a_glance(X, W, b)
+    if xp is not None:
+        return lane(_forward, xp)(xp, X, W, b)
     _check_parameters(W, b)
     _check_input(X, W)
     with computing_on(W) as xp:
@@ -105,25 +120,33 @@ def linear_backward(dZ: Array, X: Array, W: Array, *, bias: bool = True, needs_d
     >>> linear_backward(dZ, X, W)
     LinearGradients(dX=array([[30., 40.]]), dW=array([[10., 20.]]), db=array([[10.]]))
     """
+    return LinearGradients(*_gradients(dZ, X, W, bias, needs_dX))
+
+
+def _gradients(dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool) -> tuple[Array | None, Array, Array | None]:
+    """`(dX, dW, db)`, once it is sure that the arrays fit together."""
+    xp = at_a_glance(X, W)
+    if xp is not None and surely_alike(dZ, W) and dZ.shape == (X.shape[0], W.shape[0]):
+        return lane(_backward, xp)(xp, dZ, X, W, bias, needs_dX)  # type: ignore[no-any-return]
     _check_parameters(W, None)
     _check_input(X, W)
     check_alike("W", W, "dZ", dZ)
     check_shape("dZ", dZ, (*X.shape[:-1], W.shape[0]), "the shape of Z for this X and W")
     with computing_on(W) as xp:
-        gradients = lane(_backward, xp)(xp, _rows(xp, dZ), _rows(xp, X), W, bias, needs_dX)
-        if needs_dX and X.ndim != 2:
-            gradients = gradients._replace(dX=xp.reshape(gradients.dX, X.shape))
-        return gradients  # type: ignore[no-any-return]
+        dX, dW, db = lane(_backward, xp)(xp, _rows(xp, dZ), _rows(xp, X), W, bias, needs_dX)
+        return xp.reshape(dX, X.shape) if needs_dX and X.ndim != 2 else dX, dW, db
 
 
-def _backward(xp: Namespace, dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool) -> LinearGradients:
+def _backward(
+    xp: Namespace, dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool
+) -> tuple[Array | None, Array, Array | None]:
     """`dX = dZ W`, `dW = dZ^T X` and `db = 1^T dZ` for a `dZ` and an `X` of rows."""
     dX = dZ @ W if needs_dX else None
     dW = dZ.T @ X
     # a product with a row of ones, not a sum: a BLAS adds in blocks, so it is the more accurate of the two over many rows,
     # and a sum along the strided axis is the slower one
     db = xp.ones((1, dZ.shape[0]), dtype=W.dtype, device=device_of(W)) @ dZ if bias else None
-    return LinearGradients(dX, dW, db)
+    return dX, dW, db
 
 
 def _rows(xp: Any, X: Array) -> Array:
@@ -281,9 +304,9 @@ class Linear:
 
         Raises as `linear_backward`, and `TypeError` for a cache that is not one of a `Linear`.
         """
-        if not isinstance(cache, Mapping) or "X" not in cache:
+        if not (type(cache) is dict or isinstance(cache, Mapping)) or "X" not in cache:
             raise TypeError(f'cache is {describe(cache)} without "X"; pass the second result of this layer\'s forward')
-        dX, dW, db = linear_backward(dZ, cache["X"], self.W, bias=self.b is not None, needs_dX=needs_dX)
+        dX, dW, db = _gradients(dZ, cache["X"], self.W, self.b is not None, needs_dX)
         return dX, {"W": dW} if db is None else {"W": dW, "b": db}
 
     def backward(

@@ -25,6 +25,7 @@ from ._arrays import (
     dtype_name,
     namespace,
     reading_is_free,
+    surely_ids,
 )
 from .lanes import lane
 
@@ -74,9 +75,7 @@ class SoftmaxCrossEntropy:
         if 0 in target.shape:
             return
         with computing_on(target) as xp:
-            if is_torch_array(target):
-                target = xp.astype(target, xp.int64)  # torch finds no minimum of its wider unsigned integers
-            low, high = int(xp.min(target)), int(xp.max(target))
+            low, high = lane(_range_of, xp)(xp, target)
         if low < 0 or high >= classes:
             raise ValueError(
                 f"target has class ids from {low} to {high}, but Z has {classes} classes, numbered 0 to {classes - 1}"
@@ -85,6 +84,8 @@ class SoftmaxCrossEntropy:
     @staticmethod
     def _target_is_ids(Z: Array, target: Array) -> bool:
         """Whether `target` holds class ids and not rows; raises if it fits neither."""
+        if surely_ids(Z, target):
+            return True
         check_array("target", target)
         check_place("Z", Z, "target", target)
         xp = namespace(Z)
@@ -110,6 +111,13 @@ class SoftmaxCrossEntropy:
 
     def __repr__(self) -> str:
         return "SoftmaxCrossEntropy()"
+
+
+def _range_of(xp: Namespace, target: Array) -> tuple[int, int]:
+    """The smallest and the largest class id."""
+    if is_torch_array(target):
+        target = xp.astype(target, xp.int64)  # torch finds no minimum of its wider unsigned integers
+    return int(xp.min(target)), int(xp.max(target))
 
 
 def _cross_entropy(xp: Namespace, Z: Array, target: Array, ids: bool) -> tuple[Array, dict[str, Array]]:

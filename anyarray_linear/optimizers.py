@@ -19,6 +19,8 @@ from .lanes import lane
 from .protocol import join, leaves, stored_gradients
 
 Moments = dict[str, Array]
+Places = Mapping[str, tuple[Any, str]]
+"""Where each parameter lives: by its full name, its layer and attribute."""
 
 
 def _real(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
@@ -29,6 +31,30 @@ def _real(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> fl
     if not low <= number < high:
         raise ValueError(f"{name} is {number}; it must be at least {low} and below {high}")
     return number
+
+
+class _Last:
+    """What an optimizer's last step found and left: a model that is still as it was need not be checked again."""
+
+    def __init__(self, model: Any, leaves: list[tuple[str, Any]], places: Places) -> None:
+        self.model, self.leaves, self.places = model, leaves, places
+        self.parameters: list[Array] = []
+
+    def now(self) -> list[Array]:
+        """The parameters, as the layers have them."""
+        return [getattr(layer, p) for layer, p in self.places.values()]
+
+    def surely_fits(self, model: Any, gradients: Any) -> bool:
+        """Whether a glance tells that nothing was assigned since, and that these are the gradients."""
+        if model is not self.model or type(gradients) is not dict or len(gradients) != len(self.places):
+            return False
+        if leaves(model) != self.leaves:
+            return False
+        for name, W, W_now in zip(self.places, self.parameters, self.now(), strict=True):
+            dW: Array = gradients.get(name)
+            if W is not W_now or not surely_alike(dW, W) or dW.shape != W.shape:
+                return False
+        return True
 
 
 class _Optimizer:
@@ -48,6 +74,7 @@ class _Optimizer:
         self.steps = 0
         self._model: Any = None
         self._moments: dict[str, Moments] = {}
+        self._last: _Last | None = None
 
     def _update(
         self, xp: Namespace, W: Array, dW: Array, moments: Moments, lr: float, t: int
@@ -71,17 +98,22 @@ class _Optimizer:
         Raises `ValueError` or `TypeError`, before anything is changed, for another model than the first one, and for a
         gradient that is missing, unknown, or of another shape, dtype or device than its parameter.
         """
-        places = self._places(model)
-        parameters = {name: getattr(layer, p) for name, (layer, p) in places.items()}
-        gradients = self._checked(parameters, stored_gradients(model) if grads is None else grads)
+        gradients = stored_gradients(model) if grads is None else grads
+        last = self._last
+        if last is None or not last.surely_fits(model, gradients):
+            places = self._places(model)
+            parameters = {name: getattr(layer, p) for name, (layer, p) in places.items()}
+            self._check(parameters, gradients)
+            self._moments = self._checked_moments(parameters)
+            last = _Last(model, leaves(model), places)
         lr = self.learning_rate()
-        self._moments = self._checked_moments(parameters)
-        self._model = model
+        self._model, self._last = model, last
         self.steps += 1
-        with computing_on(next(iter(parameters.values()))) as xp:
-            lane(_apply, xp)(xp, self, places, gradients, lr, where)
+        with computing_on(next(iter(gradients.values()))) as xp:
+            lane(_apply, xp)(xp, self, last.places, gradients, lr, where)
+        last.parameters = last.now()
 
-    def _places(self, model: Any) -> dict[str, tuple[Any, str]]:
+    def _places(self, model: Any) -> Places:
         """Where each parameter lives: its layer and attribute."""
         if self._model is not None and model is not self._model:
             raise ValueError(
@@ -93,7 +125,7 @@ class _Optimizer:
         return places
 
     @staticmethod
-    def _checked(parameters: Mapping[str, Array], gradients: Mapping[str, Array | None]) -> Mapping[str, Array]:
+    def _check(parameters: Mapping[str, Array], gradients: Mapping[str, Array | None]) -> None:
         if not isinstance(gradients, Mapping):
             raise TypeError(f"grads is a {type(gradients).__name__}; pass the second result of model.gradients")
         missing = [name for name in parameters if gradients.get(name) is None]
@@ -112,7 +144,6 @@ class _Optimizer:
                 check_alike(f"the parameter {name}", W, f"the gradient of {name}", dW)
             if dW.shape != W.shape:
                 check_shape(f"the gradient of {name}", dW, tuple(W.shape), "the shape of its parameter")
-        return gradients
 
     def _checked_moments(self, parameters: Mapping[str, Array]) -> dict[str, Moments]:
         """The moments, zero at first; those of a loaded state where the parameters are."""
@@ -149,7 +180,8 @@ class _Optimizer:
 
     # pickle and deepcopy keep the moments on their device, which CuPy's own pickling does not
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name != "_flat"}  # a lane's buffers: made anew
+        state = {**vars(self), "_last": None}
+        state.pop("_flat", None)  # a lane's buffers: made anew
         state["_moments"] = {name: {m: pin(x) for m, x in moments.items()} for name, moments in self._moments.items()}
         return state
 
@@ -209,7 +241,7 @@ class _Optimizer:
         vars(self).update(vars(loaded))
         self.steps = steps
         self._moments = {name: dict(moment) for name, moment in moments.items()}
-        self._model = None
+        self._model = self._last = None
 
     def __repr__(self) -> str:
         lr = "" if not callable(self.lr) else "lr=<schedule>, "
@@ -219,7 +251,7 @@ class _Optimizer:
 def _apply(
     xp: Namespace,
     optimizer: _Optimizer,
-    places: Mapping[str, tuple[Any, str]],
+    places: Places,
     gradients: Mapping[str, Array],
     lr: float,
     where: Array | None,
@@ -351,8 +383,9 @@ class Adam(_Optimizer):
             W, dW = self._decayed(W, dW, lr)
         M = beta1 * moments["M"] + (1 - beta1) * dW
         V = beta2 * moments["V"] + (1 - beta2) * (dW * dW)
-        root = xp.sqrt(V) / math.sqrt(1 - beta2**t) + self.eps
-        return W - (lr / (1 - beta1**t)) * (M / root), {"M": M, "V": V}
+        # lr (M / (1 - beta1^t)) / (sqrt(V / (1 - beta2^t)) + eps), corrections gathered as in their section 2
+        root = math.sqrt(1 - beta2**t)
+        return W - (lr * root / (1 - beta1**t)) * (M / (xp.sqrt(V) + self.eps * root)), {"M": M, "V": V}
 
     def _decayed(self, W: Array, dW: Array, lr: float) -> tuple[Array, Array]:
         return W, dW + self.weight_decay * W

@@ -17,6 +17,8 @@ class _Structure(NamedTuple):
     names: dict[str, str]
     """The name of each position: the first position that holds the same object."""
     leaves: list[tuple[str, Any]]
+    routes: list[dict[str, str]]
+    """For each layer, what a gradient that it returns is called: filled as names turn up."""
 
 
 class Sequential:
@@ -65,21 +67,24 @@ class Sequential:
 
         Raises what the layers raise, and `ValueError` for caches that are not one for each layer.
         """
-        if not isinstance(caches, Sequence) or len(caches) != len(self.layers):
+        if not (type(caches) is list or isinstance(caches, Sequence)) or len(caches) != len(self.layers):
             count = len(caches) if isinstance(caches, Sequence) else type(caches).__name__
             raise ValueError(
                 f"caches is {count} for {len(self.layers)} layers; pass the second result of this model's forward"
             )
         # nobody asks for the gradient that would flow out of the first layer with parameters
         first = 0 if needs_dX else next((i for i, layer in enumerate(self.layers) if layer.parameters()), len(caches))
-        names = self._names().names
+        structure = self._names()
         total: dict[str, Array] = {}  # from the last layer to the first
         dX: Array | None = dZ
         for i in range(len(self.layers) - 1, first - 1, -1):
             dX, gradients = self.layers[i].gradients(dX, caches[i], needs_dX=needs_dX or i > first)
+            route = structure.routes[i]
             for path, gradient in reversed(gradients.items()):
-                inner, _, p = path.rpartition(".")
-                name = f"{names[join(str(i), inner)]}.{p}"
+                name = route.get(path)
+                if name is None:
+                    inner, _, p = path.rpartition(".")
+                    name = route[path] = f"{structure.names[join(str(i), inner)]}.{p}"
                 if name in total:
                     with computing_on(gradient):
                         gradient = gradient + total.pop(name)
@@ -108,7 +113,8 @@ class Sequential:
             positions += [(join(str(i), path), leaf) for path, leaf in inner]
         first: dict[int, str] = {}
         names = {path: first.setdefault(id(leaf), path) for path, leaf in positions}
-        return _Structure(positions, names, [(path, leaf) for path, leaf in positions if names[path] == path])
+        own = [(path, leaf) for path, leaf in positions if names[path] == path]
+        return _Structure(positions, names, own, [{} for _ in self.layers])
 
     def _positions(self) -> list[tuple[str, Any]]:
         """Every position that holds a leaf, depth first, repeats included."""

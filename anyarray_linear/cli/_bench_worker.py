@@ -219,22 +219,22 @@ class Limit(_Arrays):
     def layer(self, X: Host, W: Host, b: Host, dZ: Host) -> Call:
         X, W, dZ = map(self.put, (X, W, dZ))
         Z, dW, dX = map(self.library.empty_like, (dZ, W, X))
-        dot = self.library.dot
+        matmul = self.library.matmul  # NumPy's dot would fill the output with zeros first
 
         def call() -> None:
-            dot(X, W.T, out=Z)
-            dot(dZ, W, out=dX)
-            dot(dZ.T, X, out=dW)
+            matmul(X, W.T, out=Z)
+            matmul(dZ, W, out=dX)
+            matmul(dZ.T, X, out=dW)
 
         return call
 
     def forward(self, X: Host, W: Host, b: Host) -> Call:
         X, W = self.put(X.reshape(-1, X.shape[-1])), self.put(W)
         Z = self.library.empty((len(X), len(W)), dtype=W.dtype)
-        return lambda: self.library.dot(X, W.T, out=Z)
+        return lambda: self.library.matmul(X, W.T, out=Z)
 
     def step(self, parameters: Parameters, X: Host, y: Host, lr: float) -> tuple[Call, Call]:
-        dot, empty_like = self.library.dot, self.library.empty_like
+        matmul, empty_like = self.library.matmul, self.library.empty_like
         weights = [self.put(W) for W, _ in parameters]
         outputs = [self.put(np.ones((len(X), len(W)), dtype=np.float32)) for W in weights]
         inputs = [self.put(X), *outputs[:-1]]
@@ -243,11 +243,11 @@ class Limit(_Arrays):
 
         def call() -> None:
             for A, W, Z in zip(inputs, weights, outputs, strict=True):
-                dot(A, W.T, out=Z)
+                matmul(A, W.T, out=Z)
             for i in reversed(range(len(weights))):
-                dot(dZs[i].T, inputs[i], out=dWs[i])
+                matmul(dZs[i].T, inputs[i], out=dWs[i])
                 if i:
-                    dot(dZs[i], weights[i], out=dZs[i - 1])
+                    matmul(dZs[i], weights[i], out=dZs[i - 1])
 
         return call, list
 
@@ -256,7 +256,7 @@ class Limit(_Arrays):
         size = 512 if quick else 1024 if self.device.index is None else 8192
         A = self.library.ones((size, size), dtype=np.float32)
         C = self.library.empty_like(A)
-        product = self._best(lambda: self.library.dot(A, A, out=C), quick)
+        product = self._best(lambda: self.library.matmul(A, A, out=C), quick)
         source = self.library.ones(2**20 if quick else 2**26, dtype=np.float32)
         target = self.library.zeros_like(source)
         if self.device.index is None:

@@ -19,9 +19,8 @@ import numpy as np
 
 from .._arrays import Array, Namespace, check_place
 from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh, _activation, _activation_gradient
-from ..linear import LinearGradients
 from ..losses import _reciprocal
-from ..optimizers import SGD, Adam, AdamW, _apply
+from ..optimizers import SGD, Adam, AdamW, Places, _apply
 from .flat import flat_of
 
 THREADS = 256
@@ -98,9 +97,11 @@ def ones_row(count: int, dtype: Any) -> Array:
     return row[:, :count]
 
 
-def backward(xp: Namespace, dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool) -> LinearGradients:
+def backward(
+    xp: Namespace, dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool
+) -> tuple[Array | None, Array, Array | None]:
     """`dX = dZ W`, `dW = dZ^T X` and `db = 1^T dZ`."""
-    return LinearGradients(dZ @ W if needs_dX else None, dZ.T @ X, _batch_sum(dZ) if bias else None)
+    return dZ @ W if needs_dX else None, dZ.T @ X, _batch_sum(dZ) if bias else None
 
 
 def _batch_sum(dZ: Array) -> Array:
@@ -394,14 +395,14 @@ _SGD = _UPDATE % (
 )
 
 _ADAM = _UPDATE % (
-    "A rate, A beta1, A rest1, A beta2, A rest2, A root, A eps, A decay, A shrink",
+    "A rate, A beta1, A rest1, A beta2, A rest2, A eps, A decay, A shrink",
     """
     w *= shrink;
     if (decay != A(0)) g += decay * w;
     const A m = beta1 * A(M[j]) + rest1 * g, v = beta2 * A(V[j]) + rest2 * (g * g);
     M[j] = T(m);
     V[j] = T(v);
-    w -= rate * (m / (sqrt(v) / root + eps));
+    w -= rate * (m / (sqrt(v) + eps));
     """,
 )
 
@@ -412,9 +413,9 @@ def _sgd(optimizer: SGD, lr: float) -> tuple[Any, ...]:
 
 def _adam(optimizer: Adam, lr: float) -> tuple[Any, ...]:
     (beta1, beta2), t = optimizer.betas, optimizer.steps
-    decoupled = isinstance(optimizer, AdamW)
+    decoupled, root = isinstance(optimizer, AdamW), math.sqrt(1 - beta2**t)
     return (
-        lr / (1 - beta1**t), beta1, 1 - beta1, beta2, 1 - beta2, math.sqrt(1 - beta2**t), optimizer.eps,
+        lr * root / (1 - beta1**t), beta1, 1 - beta1, beta2, 1 - beta2, optimizer.eps * root,
         0.0 if decoupled else optimizer.weight_decay, 1 - lr * optimizer.weight_decay if decoupled else 1.0,
     )  # fmt: skip
 
@@ -438,7 +439,7 @@ def _tables(arrays: Sequence[Array], starts: Sequence[int]) -> list[tuple[Any, A
 def apply(
     xp: Namespace,
     optimizer: Any,
-    places: Mapping[str, tuple[Any, str]],
+    places: Places,
     gradients: Mapping[str, Array],
     lr: float,
     where: Array | None,

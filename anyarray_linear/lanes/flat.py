@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._arrays import Array, Namespace
-
-Places = Mapping[str, tuple[Any, str]]
-"""Where each parameter lives: by its full name, its layer and attribute."""
+from ..optimizers import Places
 
 
 class Flat:

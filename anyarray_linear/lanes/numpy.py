@@ -9,38 +9,44 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from .._arrays import Array, Namespace
-from ..linear import LinearGradients
+from ..activations import ReLU, _activation_gradient
 from ..losses import _cross_entropy, _cross_entropy_gradient, _reciprocal
-from ..optimizers import SGD, Adam, AdamW, _apply, clipped
-from .flat import flat_of
+from ..optimizers import SGD, Adam, AdamW, Places, _apply, clipped
+from .flat import Flat, flat_of
+
+# An array of 32 MiB that nobody touches, freed at once: from then on glibc keeps freed memory of up to that size at hand. It
+# would give it back to the system, and take it again page by page, at each step: a quarter of the time of a tall layer.
+np.empty((1 << 25) - (1 << 13), np.uint8)
 
 BLOCK_BYTES = 1 << 20
 """How much of `X` and `dZ` together makes a block: what stays in the second-level cache of today's cores."""
 
-PACK = 1 << 14
-"""Models with up to so many parameters are updated by one call for all of them."""
-BLOCK = 1 << 15
-"""Elements updated at a time: parameter, gradient, moments and scratch together stay in the second-level cache."""
+PACK = 1 << 16
+"""Neighbouring parameters of up to so many elements together are updated by one call for all of them."""
+BLOCK = 1 << 17
+"""Elements updated at a time. With smaller blocks, threads spend more time on handing each other the interpreter than the
+cache saves."""
+SMALL = 1 << 13
+"""Products of arrays of fewer elements each are formed by `dot`: the same BLAS with 0.3 us less around it, but it fills its
+result with zeros first, which is more than that for larger ones."""
 
-_ones: dict[Any, Array] = {}  # by dtype, grown to the largest batch yet; read-only
 
-
+@lru_cache(8)
 def ones_row(count: int, dtype: Any) -> Array:
     """A read-only row of ones, `(1, count)`, not made anew each time."""
-    row = _ones.get(dtype)
-    if row is None or row.shape[1] < count:
-        row = np.ones((1, max(count, 1024)), dtype)
-        row.flags.writeable = False
-        _ones[dtype] = row
-    return row[:, :count]
+    row = np.ones((1, count), dtype)
+    row.flags.writeable = False
+    return row
 
 
 def block_rows(X: Array, W: Array) -> int:
@@ -56,7 +62,7 @@ def forward(xp: Namespace, X: Array, W: Array, b: Array | None) -> Array:
     """`Z = X W^T + b`."""
     rows = block_rows(X, W)
     if not rows:
-        Z = X.dot(W.T)  # for two axes the same BLAS call as @, with half a microsecond less around it
+        Z = X.dot(W.T) if X.size < SMALL and W.size < SMALL else X @ W.T
         if b is not None:
             Z += b
         return Z
@@ -69,12 +75,15 @@ def forward(xp: Namespace, X: Array, W: Array, b: Array | None) -> Array:
     return Z
 
 
-def backward(xp: Namespace, dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool) -> LinearGradients:
+def backward(
+    xp: Namespace, dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool
+) -> tuple[Array | None, Array, Array | None]:
     """`dX = dZ W`, `dW = dZ^T X` and `db = 1^T dZ`."""
     rows = block_rows(X, W)
     if not rows:
-        db = ones_row(dZ.shape[0], dZ.dtype).dot(dZ) if bias else None
-        return LinearGradients(dZ.dot(W) if needs_dX else None, dZ.T.dot(X), db)
+        product = np.ndarray.dot if X.size < SMALL and W.size < SMALL else np.matmul
+        db = ones_row(len(dZ), dZ.dtype).dot(dZ) if bias else None
+        return product(dZ, W) if needs_dX else None, product(dZ.T, X), db
     dX = np.empty(X.shape, W.dtype) if needs_dX else None
     dW, scratch = np.zeros(W.shape, W.dtype), np.empty(W.shape, W.dtype)
     db = np.zeros((1, W.shape[0]), W.dtype) if bias else None
@@ -86,23 +95,51 @@ def backward(xp: Namespace, dZ: Array, X: Array, W: Array, bias: bool, needs_dX:
         dW += scratch
         if db is not None:
             db += ones_row(dZ_block.shape[0], dZ.dtype) @ dZ_block
-    return LinearGradients(dX, dW, db)
+    return dX, dW, db
+
+
+# activations
+
+
+def activation_gradient(xp: Namespace, layer: Any, dZ: Array, kept: Array) -> Array:
+    """`dX = dZ f'(X)`; for `ReLU` by masking the bits of `dZ`, as `where` mispredicts a branch at every other element."""
+    if type(layer) is not ReLU or dZ.dtype not in _BITS:
+        return _activation_gradient(xp, layer, dZ, kept)
+    bits = _BITS[dZ.dtype]
+    dX = np.subtract(kept <= 0, 1, dtype=bits)  # no bit where Z <= 0, every bit elsewhere
+    dX &= dZ.view(bits)
+    return dX.view(dZ.dtype)
+
+
+_BITS: dict[Any, Any] = {np.dtype("float32"): np.dtype("int32"), np.dtype("float64"): np.dtype("int64")}
 
 
 # the loss
 
 
+@lru_cache(8)
+def _numbers(count: int) -> Array:
+    """The numbers below `count`, not made anew each time; read-only."""
+    numbers = np.arange(count)
+    numbers.flags.writeable = False
+    return numbers
+
+
+def range_of(xp: Namespace, target: Array) -> tuple[int, int]:
+    """The smallest and the largest class id."""
+    return int(np.minimum.reduce(target, axis=None)), int(np.maximum.reduce(target, axis=None))
+
+
 def cross_entropy(xp: Namespace, Z: Array, target: Array, ids: bool) -> tuple[Array, dict[str, Array]]:
     """The loss and its cache for class ids, which stay ids: no row of zeros is made, and the softmax is formed in place."""
-    if not ids or Z.ndim != 2 or not Z.shape[0]:
+    if not ids or Z.ndim != 2 or not len(Z):
         return _cross_entropy(xp, Z, target, ids)
-    rows = np.arange(Z.shape[0])
-    P = Z - Z.max(axis=1, keepdims=True)
-    at_target = P[rows, target]
+    P = Z - np.maximum.reduce(Z, axis=1, keepdims=True)
+    at_target = P[_numbers(len(Z)), target]
     np.exp(P, out=P)
-    S = P.sum(axis=1, keepdims=True)
+    S = np.add.reduce(P, axis=1, keepdims=True)
     P /= S
-    loss = (np.log(S[:, 0]) - at_target).sum() * _reciprocal(Z.shape[0])
+    loss = np.add.reduce(np.log(S[:, 0]) - at_target) * _reciprocal(len(Z))
     return np.asarray(loss), {"P": P, "T": target}
 
 
@@ -111,8 +148,8 @@ def cross_entropy_gradient(xp: Namespace, P: Array, T: Array) -> Array:
     if T.ndim == P.ndim:
         return _cross_entropy_gradient(xp, P, T)
     dZ = P.copy()
-    dZ[np.arange(P.shape[0]), T] -= 1
-    dZ *= _reciprocal(P.shape[0])
+    dZ[_numbers(len(P)), T] -= 1
+    dZ *= _reciprocal(len(P))
     return dZ
 
 
@@ -122,7 +159,7 @@ def cross_entropy_gradient(xp: Namespace, P: Array, T: Array) -> Array:
 def apply(
     xp: Namespace,
     optimizer: Any,
-    places: Mapping[str, tuple[Any, str]],
+    places: Places,
     gradients: Mapping[str, Array],
     lr: float,
     where: Array | None,
@@ -136,27 +173,48 @@ def apply(
         return None
     if optimizer.clip_norm is not None:
         gradients = clipped(gradients, optimizer.clip_norm)
-    if flat.W.size <= PACK:  # one call for all parameters, where calls cost more than copying the gradients
-        packed = np.concatenate([gradients[name].reshape(-1) for name in flat.views])
-        pieces = [(flat.W, packed, flat.moments)]
-    else:
-        pieces = [
-            (flat.W[part], gradients[name].reshape(-1), [moment[part] for moment in flat.moments])
-            for name, part in flat.slices.items()
-        ]
+    if flat.W.size <= BLOCK and flat.W.size <= PACK:  # the usual case of a small model, without what only large ones need
+        ((W, dW, moments),) = _pieces(flat, gradients)
+        rule(optimizer, W, dW, moments, np.empty_like(dW), lr, optimizer.steps)
+        return None
     blocks = [
         (W[i : i + BLOCK], dW[i : i + BLOCK], [moment[i : i + BLOCK] for moment in moments])
-        for W, dW, moments in pieces
+        for W, dW, moments in _pieces(flat, gradients)
         for i in range(0, W.size, BLOCK)
     ]
 
-    def update(blocks: list[Any]) -> None:
+    def update() -> None:
         scratch = np.empty(min(BLOCK, flat.W.size), flat.W.dtype)
-        for W, dW, moments in blocks:
-            rule(optimizer, W, dW, moments, scratch[: W.size], lr, optimizer.steps)
+        with suppress(IndexError):  # when none is left
+            while True:
+                W, dW, moments = blocks.pop()
+                rule(optimizer, W, dW, moments, scratch[: W.size], lr, optimizer.steps)
 
-    _on_all_cores(update, blocks)
+    # threads take the next block when they are done with one: a BLAS thread that still spins after its last product takes up
+    # to half of a core from one of them
+    _on_cores(update, min(_cores(), len(blocks) // 2) if len(blocks) > 3 else 1)
     return None
+
+
+def _pieces(flat: Flat, gradients: Mapping[str, Array]) -> Iterator[tuple[Array, Array, list[Array]]]:
+    """`(W, dW, moments)` of each large parameter, and of runs of small ones, whose gradients are copied together: a call
+    costs more than the copy."""
+    run: list[Array] = []
+    start = end = 0
+    for name, part in flat.slices.items():
+        dW = gradients[name].reshape(-1)
+        if run and part.stop - start > PACK:
+            yield flat.W[start:end], _joined(run), [moment[start:end] for moment in flat.moments]
+            run = []
+        if not run:
+            start = part.start
+        run.append(dW)
+        end = part.stop
+    yield flat.W[start:end], _joined(run), [moment[start:end] for moment in flat.moments]
+
+
+def _joined(run: list[Array]) -> Array:
+    return run[0] if len(run) == 1 else np.concatenate(run)
 
 
 def _adam(optimizer: Any, W: Array, dW: Array, moments: list[Array], S: Array, lr: float, t: int) -> None:
@@ -168,19 +226,19 @@ def _adam(optimizer: Any, W: Array, dW: Array, moments: list[Array], S: Array, l
             W *= 1 - lr * optimizer.weight_decay
         else:
             dW = dW + np.multiply(W, optimizer.weight_decay, out=S)
-    np.multiply(dW, 1 - beta1, out=S)
-    M *= beta1
-    M += S
-    np.multiply(dW, dW, out=S)
-    S *= 1 - beta2
-    V *= beta2
-    V += S
-    np.sqrt(V, out=S)
-    S /= math.sqrt(1 - beta2**t)
-    S += optimizer.eps
-    np.divide(M, S, out=S)
-    S *= lr / (1 - beta1**t)
-    W -= S
+    np.multiply(dW, 1 - beta1, S)
+    np.multiply(M, beta1, M)
+    np.add(M, S, M)
+    np.multiply(dW, dW, S)
+    np.multiply(S, 1 - beta2, S)
+    np.multiply(V, beta2, V)
+    np.add(V, S, V)
+    root = math.sqrt(1 - beta2**t)
+    np.sqrt(V, S)
+    np.add(S, optimizer.eps * root, S)
+    np.divide(M, S, S)
+    np.multiply(S, lr * root / (1 - beta1**t), S)
+    np.subtract(W, S, W)
 
 
 def _sgd(optimizer: Any, W: Array, dW: Array, moments: list[Array], S: Array, lr: float, t: int) -> None:
@@ -208,17 +266,21 @@ def _forget_pool() -> None:
 os.register_at_fork(after_in_child=_forget_pool)  # threads do not survive a fork
 
 
-def _on_all_cores(work: Callable[[list[Any]], None], blocks: list[Any]) -> None:
-    """`work` on shares of the blocks, one share per core; NumPy lets go of the interpreter while it computes."""
+def _on_cores(work: Callable[[], None], cores: int) -> None:
+    """`work` in so many threads, this one among them; NumPy lets go of the interpreter while it computes."""
     global _pool
-    cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(blocks) // 2)
     if cores < 2:
-        return work(blocks)
+        return work()
     if _pool is None:
         _pool = ThreadPoolExecutor(thread_name_prefix="anyarray_linear")
     # in the caller's context: np.errstate counts there too
-    others = [_pool.submit(copy_context().run, work, blocks[i::cores]) for i in range(1, cores)]
-    work(blocks[::cores])
+    others = [_pool.submit(copy_context().run, work) for _ in range(1, cores)]
+    work()
     for other in others:
         other.result()
     return None
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
