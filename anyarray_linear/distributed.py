@@ -59,9 +59,10 @@ class Group:
         rank: the number of this process, from 0. Rank 0 alone prints and writes files.
         size: how many there are.
         local_rank: the number among those on this machine.
+        echoes: whether this rank stopped with the very error of rank 0, which need not be told twice.
     """
 
-    rank, size, local_rank = 0, 1, 0
+    rank, size, local_rank, echoes = 0, 1, 0, False
 
     def device(self, spec: Any = "auto") -> Device:
         """The device of this rank, for `"auto"` or `"cuda"` one of its own; raises as `select_device` does."""
@@ -240,6 +241,7 @@ class _MPI(Group):
             self._hear()
             time.sleep(1e-3)
         silent = tuple(sorted(others - self._news.keys()))
+        self.echoes = 0 in self._news and self._news[0][1].partition(": ")[2] == what.partition(": ")[2]
         if silent or self._lingers:
             atexit.register(self._abort)
         return silent
