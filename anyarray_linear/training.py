@@ -7,6 +7,7 @@ What it is careful about:
   a step may be applied (loss and gradients finite) is decided on the device too.
 - The order of epoch `e` is a function of the seed and `e` alone. So a run can stop after any step and go on elsewhere.
 - A step is never cut in half: Ctrl-C, or the stop flag, takes effect between two steps.
+- With a `group`, all ranks take the same steps, and all leave together; what they say to each other is in `distributed`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 from ._arrays import Array, check_array, computing_on, dtype_name, namespace, reading_is_free
 from ._progress import Progress
 from .device import Device
+from .distributed import Group, adopt, digest, snapshot
 from .initializers import layer_seed
 from .lanes import lane
 from .protocol import parameters
@@ -83,14 +85,18 @@ class _Data:
         return int(self.X.shape[0])
 
     def batches(
-        self, order: np.ndarray[Any, Any] | None, batch_size: int, start: int = 0
+        self, order: np.ndarray[Any, Any] | None, batch_size: int, start: int = 0, group: Group | None = None
     ) -> Iterator[tuple[Array, Array]]:
-        """Batches from row `start` on, in `order` (host indices) or as the rows come; the last may be smaller."""
+        """Batches from row `start` on, in `order` (host indices) or as the rows come; the last may be smaller.
+
+        group: if given, this rank's share of each batch, which may be empty.
+        """
         takes = [_taker(x, order) for x in (self.X, self.y)]
         count = len(self) if order is None else len(order)
         y_dtype = self.dtype if _is_float(self.y) else None
         for i in range(start, count, batch_size):
-            X, y = (take(i, min(i + batch_size, count)) for take in takes)
+            rows = i, min(i + batch_size, count)
+            X, y = (take(*(rows if group is None else group.share(*rows))) for take in takes)
             yield self.device.asarray(X, dtype=self.dtype), self.device.asarray(y, dtype=y_dtype)
 
 
@@ -331,6 +337,8 @@ def fit(
     resume: bool = False,
     skip_nonfinite: int = 0,
     stop: StopFlag | None = None,
+    accumulate: int = 1,
+    group: Group | None = None,
 ) -> History:
     """Train `model` on `X` and `y` in shuffled mini-batches.
 
@@ -344,12 +352,18 @@ def fit(
     resume: go on from the folder's newest good checkpoint, to exactly the result of a run that never stopped.
     skip_nonfinite: pass over up to this many steps whose loss or gradients are not finite.
     stop: a `threading.Event` or the like; once set, training stops after the step at hand, as at Ctrl-C.
+    accumulate: work on each batch in so many parts, one after the other, whose gradients are summed before the step; then
+    only the activations of a part need memory.
+    group: `distributed.mpi()` or `nccl()`, to train as one of several processes that call `fit` alike, each on its share of
+    every batch. Weights, optimizer and seed are then rank 0's, which alone shows progress and reads and writes checkpoints.
+    Callbacks run on all ranks, since all must change alike; if one says stop, all stop, and so with `stop` and Ctrl-C.
 
     Returns the `History`; `interrupted` is true when Ctrl-C or the stop flag ended training.
 
     Raises, before anything is trained, `TypeError` or `ValueError` for arguments that do not fit, NaN or infinite data and
     class ids out of range. Raises `NonFiniteError` at the end of the epoch in which a loss or gradient was NaN or infinite;
-    that step and all after it were not applied.
+    that step and all after it were not applied. With a group, raises `distributed.RankError` on every rank when another one
+    fails, falls silent or differs.
 
     >>> import numpy as np
     >>> from anyarray_linear import SGD, Linear, MeanSquaredError
@@ -359,59 +373,64 @@ def fit(
     >>> round(float(layer.W[0, 0]), 3), round(float(layer.b[0, 0]), 3)
     (3.0, 1.0)
     """
-    epochs, batch_size = _positive_int("epochs", epochs, 0), _positive_int("batch_size", batch_size)
-    skip_nonfinite = _positive_int("skip_nonfinite", skip_nonfinite, 0)
-    if checkpoint_every is not None:
-        checkpoint_every = _positive_int("checkpoint_every", checkpoint_every)
-    if checkpoint is None and (resume or checkpoint_every):
-        raise ValueError("resume and checkpoint_every need a folder: give checkpoint=folder")
-    _check_rows(X, y)
-    device, dtype = _model_place(model, X)
-    root = layer_seed(seed)
-    data, rows, held = _Data(X, y, device, dtype), None, None
-    if isinstance(validation, (int, float)):
-        rows, held_rows = _split(validation, len(data), root)
-        held = _Data(_taker(X, held_rows)(0, len(held_rows)), _taker(y, held_rows)(0, len(held_rows)), device, dtype)
-    elif validation is not None:
-        try:
-            held_X, held_y = validation
-        except (TypeError, ValueError):
-            raise TypeError("validation is neither (X, y) nor a fraction of the rows") from None
-        _check_rows(held_X, held_y, ("the validation X", "the validation y"))
-        held = _Data(held_X, held_y, device, dtype)
-        _check_data(model, loss, held, ("the validation X", "the validation y"))
-    _check_data(model, loss, data, ("X", "y"))
-    run = _Run(model, data, rows, held, loss, optimizer, batch_size, root, skip_nonfinite)
-    saver = _Saver(checkpoint, checkpoint_every, run)
-    if checkpoint is not None:
-        saver.begin(resume)
-    with (
-        _deferred_interrupts() as interrupted,
-        Progress(epochs, run.steps_per_epoch, progress) as bar,
-        np.errstate(over="ignore", invalid="ignore", divide="ignore"),  # judged by the guard, not warned about
-        device,  # current for layers, losses and callbacks of the user's own
-        saver,
-        _memory_advice(device, batch_size),
-    ):
-        try:
-            while run.epoch < epochs and not run.stopped:
-                for _ in run.steps():
-                    bar.step(run.epoch, run.position // batch_size)
-                    if interrupted() or (stop is not None and stop.is_set()):
-                        run.history.interrupted = True
+    group = Group() if group is None else group
+    with group.running():
+        epochs, batch_size = _positive_int("epochs", epochs, 0), _positive_int("batch_size", batch_size)
+        skip_nonfinite = _positive_int("skip_nonfinite", skip_nonfinite, 0)
+        accumulate = _positive_int("accumulate", accumulate)
+        if checkpoint_every is not None:
+            checkpoint_every = _positive_int("checkpoint_every", checkpoint_every)
+        if checkpoint is None and (resume or checkpoint_every):
+            raise ValueError("resume and checkpoint_every need a folder: give checkpoint=folder")
+        _check_rows(X, y)
+        device, dtype = _model_place(model, X)
+        root = group.exchange(layer_seed(seed))[0]
+        data, rows, held = _Data(X, y, device, dtype), None, None
+        if isinstance(validation, (int, float)):
+            rows, held_rows = _split(validation, len(data), root)
+            held = _Data(_taker(X, held_rows)(0, len(held_rows)), _taker(y, held_rows)(0, len(held_rows)), device, dtype)
+        elif validation is not None:
+            try:
+                held_X, held_y = validation
+            except (TypeError, ValueError):
+                raise TypeError("validation is neither (X, y) nor a fraction of the rows") from None
+            _check_rows(held_X, held_y, ("the validation X", "the validation y"))
+            held = _Data(held_X, held_y, device, dtype)
+            _check_data(model, loss, held, ("the validation X", "the validation y"))
+        _check_data(model, loss, data, ("X", "y"))
+        run = _Run(model, data, rows, held, loss, optimizer, batch_size, root, skip_nonfinite, accumulate, group)
+        saver = _Saver(checkpoint if group.rank == 0 else None, checkpoint_every, run)
+        if saver.folder is not None:
+            saver.begin(resume)
+        run.join(epochs)
+        with (
+            _deferred_interrupts() as interrupted,
+            Progress(epochs, run.steps_per_epoch, progress and group.rank == 0) as bar,
+            np.errstate(over="ignore", invalid="ignore", divide="ignore"),  # judged by the guard, not warned about
+            device,  # current for layers, losses and callbacks of the user's own
+            saver,
+            _memory_advice(device, batch_size),
+        ):
+            try:
+                while run.epoch < epochs and not run.stopped:
+                    for _ in run.steps(lambda: interrupted() or (stop is not None and stop.is_set())):
+                        bar.step(run.epoch, run.position // batch_size)
+                        if run.history.interrupted:
+                            break
+                        saver.after_step()
+                    if run.history.interrupted:
                         break
-                    saver.after_step()
-                if run.history.interrupted:
-                    break
-                row = run.finish_epoch()
-                bar.epoch(row)
-                answers = [callback(model, row) for callback in callbacks]  # all of them, also when the first says stop
-                run.stopped = any(answers)
-                saver.after_epoch(row)
-        except KeyboardInterrupt:
-            run.history.interrupted = True  # raised by a callback, or where Ctrl-C could not be deferred
-        if run.history.interrupted:
-            saver.save()
+                    row = run.finish_epoch()
+                    bar.epoch(row)
+                    answers = [callback(model, row) for callback in callbacks]  # all, also when the first says stop
+                    run.settle(any(answers))
+                    saver.after_epoch(row)
+            except KeyboardInterrupt:  # raised by a callback, or where Ctrl-C could not be deferred
+                if group.size > 1:  # the others are elsewhere
+                    raise
+                run.history.interrupted = True
+            if run.history.interrupted:
+                saver.save()
     return run.history
 
 
@@ -429,9 +448,12 @@ class _Run:
         batch_size: int,
         seed: Any,
         skip_nonfinite: int,
+        accumulate: int,
+        group: Group,
     ) -> None:
         self.model, self.data, self.rows, self.held = model, data, rows, held
         self.loss, self.optimizer, self.batch_size, self.seed = loss, optimizer, batch_size, seed
+        self.accumulate, self.group = accumulate, group
         self.count = len(data) if rows is None else len(rows)
         self.steps_per_epoch = -(-self.count // batch_size)
         self.guard = _Guard(data.device, data.dtype, skip_nonfinite)
@@ -445,24 +467,83 @@ class _Run:
         order = _epoch_order(self.seed, self.epoch, self.count)
         return order if self.rows is None else self.rows[order]
 
-    def steps(self) -> Iterator[None]:
-        """Take the rest of this epoch's steps, one per iteration."""
+    def join(self, epochs: int) -> None:
+        """Make sure that all ranks train the same, and start from the state of rank 0."""
+        if self.group.size == 1:
+            return
+        self.group.agree(
+            {
+                "rows": len(self.data),
+                "validation rows": 0 if self.held is None else len(self.held),
+                "X of shape": tuple(self.data.X.shape[1:]),
+                "epochs": epochs,
+                "batch_size": self.batch_size,
+                "accumulate": self.accumulate,
+                "skip_nonfinite": self.guard.allowed,
+                "loss": type(self.loss).__name__,
+                "optimizer": repr(self.optimizer),
+                "parameters": {name: (tuple(W.shape), dtype_name(W.dtype)) for name, W in parameters(self.model).items()},
+                "device": self.data.device.kind,
+            }
+        )
+        self.group.claim(self.data.device)
+        first = self.group.rank == 0
+        sent = self.group.exchange((snapshot(self.model, self.optimizer), self.state()) if first else None)[0]
+        if not first:
+            adopt(self.model, self.optimizer, sent[0])
+            self.restore(sent[1])
+
+    def settle(self, stop: bool) -> None:
+        """Whether training stops after this epoch, and whether all ranks are still the same."""
+        if self.group.size > 1:
+            state = digest(self.model, self.optimizer, self.seed.entropy, self.seed.spawn_key, self.epoch, self.step)
+            self.group.check(state, f"after epoch {self.epoch}")
+        self.stopped = any(self.group.exchange(stop))
+
+    def steps(self, wants_stop: Callable[[], bool]) -> Iterator[None]:
+        """Take the rest of this epoch's steps, one per iteration; `history.interrupted` says that any rank wants to stop."""
         began = time.perf_counter() - self.seconds
-        for X, y in self.data.batches(self.order(), self.batch_size, self.position):
-            value, gradients = self.gradients(X, y)
-            where = self.guard.judge(self.step + 1, value, gradients.values(), X.shape[0])
+        for X, y in self.data.batches(self.order(), self.batch_size, self.position, self.group):
+            rows = min(self.batch_size, self.count - self.position)
+            value, gradients, told = self.gradients(X, y, rows, self.group.size > 1 and wants_stop())
+            where = self.guard.judge(self.step + 1, value, gradients.values(), rows)
             self.optimizer.step(self.model, gradients, where=where)
             del value, gradients, where
             self.step += 1
-            self.position += X.shape[0]
+            self.position += rows
             self.seconds = time.perf_counter() - began
+            self.history.interrupted = told if self.group.size > 1 else wants_stop()
             yield
 
-    def gradients(self, X: Array, y: Array) -> tuple[Array, dict[str, Array]]:
-        """The loss of one batch, and its gradients."""
+    def gradients(self, X: Array, y: Array, rows: int, wants_stop: bool = False) -> tuple[Array, dict[str, Array], bool]:
+        """Loss and gradients of the batch of `rows` that `X` and `y` are this rank's share of; whether any wants to stop."""
+        size = max(1, -(-X.shape[0] // self.accumulate))
+        value, gradients = None, {}
+        for i in range(0, X.shape[0], size):
+            part = (X, y) if size == X.shape[0] else (X[i : i + size, ...], y[i : i + size, ...])
+            more, more_gradients = self._part(*part, part[0].shape[0] / rows)
+            if value is None:
+                value, gradients = more, more_gradients
+                continue
+            with computing_on(value):
+                value = value + more
+                gradients = {name: dW + more_gradients[name] for name, dW in gradients.items()}
+        if value is None:  # an empty share; the mean over no rows would be NaN
+            W = next(iter(parameters(self.model).values()))
+            with computing_on(W) as xp:
+                value = xp.zeros((), dtype=W.dtype, device=self.data.device.native)
+                gradients = {name: xp.zeros_like(W) for name, W in parameters(self.model).items()}
+        return self.group.average(value, gradients, wants_stop)
+
+    def _part(self, X: Array, y: Array, weight: float) -> tuple[Array, dict[str, Array]]:
+        """Loss and gradients of some rows, times `weight`. Gradients are linear in `dZ`, and that is small."""
         Z, caches = self.model.forward(X)
         value, cache = self.loss.forward(Z, y)
-        _, gradients = self.model.gradients(self.loss.backward(cache), caches, needs_dX=False)
+        dZ = self.loss.backward(cache)
+        if weight != 1:
+            with computing_on(dZ):
+                value, dZ = value * weight, dZ * weight
+        _, gradients = self.model.gradients(dZ, caches, needs_dX=False)
         return value, gradients
 
     def finish_epoch(self) -> Row:
@@ -490,8 +571,9 @@ class _Run:
     def _raise(self, fatal: int) -> None:
         """Name what was wrong in step `fatal`: the weights are as they were before it, so it can be looked at again."""
         batch = (fatal - 1) % self.steps_per_epoch
-        X, y = next(self.data.batches(self.order(), self.batch_size, batch * self.batch_size))
-        value, gradients = self.gradients(X, y)
+        start = batch * self.batch_size
+        X, y = next(self.data.batches(self.order(), self.batch_size, start, self.group))
+        value, gradients, _ = self.gradients(X, y, min(self.batch_size, self.count - start))
         wrong = [name for name, g in gradients.items() if not np.isfinite(self.data.device.to_numpy(g)).all()]
         raise NonFiniteError(
             f"step {fatal} (epoch {self.epoch + 1}, batch {batch + 1} of {self.steps_per_epoch}) gave a loss of "

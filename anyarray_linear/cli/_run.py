@@ -13,7 +13,8 @@ import typer
 
 from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from ..datasets import load_data, load_digits, split
-from ..device import Device, select_device
+from ..device import Device
+from ..distributed import Group
 from ..linear import Linear
 from ..losses import MeanSquaredError, SoftmaxCrossEntropy
 from ..optimizers import SGD, Adam, AdamW
@@ -100,13 +101,14 @@ def _ends(model: Sequential) -> tuple[Any, Any]:
     return model[0], model[-1]
 
 
-def prepare(options: Any) -> Run:
+def prepare(options: Any, group: Group | None = None) -> Run:
     """Everything that training needs; what is wrong with the options or the data raises here."""
+    group = Group() if group is None else group
     sizes = _sizes(options.hidden)
     for name in ("test", "validation"):
         if not 0 <= getattr(options, name) < 1:
             raise bad(name, f"{getattr(options, name)} is no fraction of the samples; give one from 0 to below 1")
-    device = select_device(options.device)
+    device = group.device(options.device)
     dtype = device.dtype(options.dtype)
     _optimizer(options, steps_per_epoch=1)  # its numbers are checked before the data is read
 

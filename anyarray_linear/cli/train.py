@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -13,19 +14,23 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .. import __version__
+from .. import __version__, distributed
 from .._files import locked
 from ..checkpoint import checkpoints
 from ..losses import MeanSquaredError
-from ..training import evaluate, fit
-from ._common import StopSignals
+from ..training import History, evaluate, fit
+from ._common import BAD_INPUT, StopSignals
 from ._results import FILES, show, write_json, write_results
 from ._run import LR, Run, bad, prepare
 
 _CHECKPOINTS = "checkpoints"
 _SCORED_ROWS = 10_000  # training accuracy is measured after each epoch, on this many samples at most
 _CHANGEABLE = ("device", "epochs", "checkpoint_every")  # by --resume
-_RESTORED = "restored"  # marks the context of a command line that was made from a config.json
+_GROUPS: dict[str | None, Callable[[], distributed.Group]] = {
+    None: distributed.Group,
+    "mpi": distributed.mpi,
+    "nccl": distributed.nccl,
+}
 
 
 def _option(text: str, panel: str, *names: str, **more: Any) -> Any:
@@ -79,6 +84,10 @@ def train(
     clip_norm: Annotated[
         float | None, _option("Largest norm of all gradients together.", "Training", metavar="NORM")
     ] = None,
+    processes: Annotated[
+        Literal["mpi", "nccl"] | None,
+        _option("Train with all processes of mpiexec, which share the batches; nccl for CUDA.", "Training", "--distributed"),
+    ] = None,
     seed: Annotated[int, _option("Of the split, the weights and the order of the batches.", "Training", min=0)] = 0,
     out: Annotated[
         Path | None, _option("The run's folder; by default a new one in runs/.", "Output", metavar="FOLDER")
@@ -104,34 +113,54 @@ def train(
     - `anyarray-linear train`
     - `anyarray-linear train --data wine.csv --hidden 64,32 --epochs 50 --out wine`
     - `anyarray-linear train --out wine --resume`
+    - `mpiexec -n 4 anyarray-linear train --data wine.csv --distributed mpi`
     - `anyarray-linear predict wine new_wines.csv`
     """
     options = SimpleNamespace(**{name: value for name, value in locals().items() if name != "context"})
-    if resume and context.obj != _RESTORED:
-        given = {name for name in vars(options) if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
-        command, arguments = context.command, _restored(options, given)
-        with command.make_context("train", arguments, parent=context.parent, obj=_RESTORED) as restored:
-            command.invoke(restored)
-        return
-    if resume and overwrite:
+    group = context.obj or _GROUPS[processes]()  # it is there in a command line that was made from a config.json
+    try:
+        if resume and context.obj is None:
+            given = {name for name in vars(options) if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+            with group.running():
+                arguments = group.exchange(_restored(options, given) if group.rank == 0 else None)[0]
+            command = context.command
+            with command.make_context("train", arguments, parent=context.parent, obj=group) as restored:
+                command.invoke(restored)
+            return
+        with group.running():
+            exit_code = _started(options, group)
+    except Exception as error:
+        if group.echoes and not isinstance(error, distributed.RankError):  # rank 0 says it
+            raise typer.Exit(BAD_INPUT) from error
+        raise
+    if exit_code:
+        raise typer.Exit(exit_code)
+
+
+def _started(options: Any, group: distributed.Group) -> int:
+    """Train in a folder that nobody else writes into meanwhile, on rank 0; the exit code."""
+    if options.resume and options.overwrite:
         raise bad("overwrite", "it starts anew, and --resume goes on; give one of them")
-    options.lr = LR[optimizer] if lr is None else lr
-    run = prepare(options)  # what is wrong with the options shows here, before there is a folder
-    folder = out or _fresh_folder()
+    options.lr = LR[options.optimizer] if options.lr is None else options.lr
+    run = prepare(options, group)  # what is wrong with the options shows here, before there is a folder
+    if group.rank:
+        with StopSignals() as stop:
+            _fit(run, options, None, stop, group)
+        return stop.exit_code
+    folder = options.out or _fresh_folder()
     _refuse_a_used(folder, options)
     is_new = not folder.exists()
     with StopSignals() as stop, locked(folder / _CHECKPOINTS):
-        if overwrite:
+        if options.overwrite:
             _clear(folder)
         try:
-            _train(run, options, folder, stop)
+            _train(run, options, folder, stop, group)
         except BaseException:
-            if not resume and not checkpoints(folder / _CHECKPOINTS):  # there is nothing to go on with
+            if not options.resume and not checkpoints(folder / _CHECKPOINTS):  # there is nothing to go on with
                 _clear(folder)
                 _remove_empty(folder, is_new)
             raise
-    if stop.is_set():
-        raise typer.Exit(stop.exit_code)
+    return stop.exit_code
 
 
 def _fresh_folder() -> Path:
@@ -189,6 +218,7 @@ def _restored(options: Any, given: set[str]) -> list[str]:
             raise bad(name, f"it is {now[name]}, but the run in {options.out} has {stored.get(name)}; leave it out")
     stored |= {name: now[name] for name in given & now.keys()}
     arguments = [f"--out={options.out}", "--resume"] + ["--overwrite"] * options.overwrite
+    arguments += [] if options.processes is None else [f"--distributed={options.processes}"]
     for name, value in stored.items():
         flag = name.replace("_", "-")
         if value is not None:
@@ -198,17 +228,39 @@ def _restored(options: Any, given: set[str]) -> list[str]:
 
 def _stored(options: Any) -> dict[str, Any]:
     """The options that config.json keeps, as JSON; where the files are as seen from anywhere."""
-    kept = {name: value for name, value in vars(options).items() if name not in ("out", "resume", "overwrite")}
+    kept = {name: value for name, value in vars(options).items() if name not in ("out", "resume", "overwrite", "processes")}
     return kept | {"data": None if options.data is None else str(options.data.resolve())}
 
 
-def _train(run: Run, options: Any, folder: Path, stop: StopSignals) -> None:
+def _train(run: Run, options: Any, folder: Path, stop: StopSignals, group: distributed.Group) -> None:
     """Train, and write the results."""
     config = {"options": _stored(options), "device": str(run.device), "model": repr(run.model), "version": __version__}
     write_json(folder / "config.json", config)
     counts = ", ".join(f"{len(y)} {name}" for name, (_, y) in run.parts.items())
+    if options.processes is not None:
+        print(group)
     print(f"{options.data or 'digits'}: {counts} samples; {run.device}: {run.device.reason}", flush=True)
 
+    began = time.perf_counter()
+    history, count_before = _fit(run, options, folder, stop, group)
+    seconds = time.perf_counter() - began + sum(row["seconds"] for row in history.rows[:count_before])
+
+    model = run.for_raw_data()
+    loss = run.loss if run.classes is not None else MeanSquaredError()
+    scores = {name: evaluate(model, X, y, loss=loss) for name, (X, y) in run.parts.items()}  # of what is saved, on raw data
+    summary = {"device": str(run.device), "seconds": round(seconds, 3), **scores}
+    if group.size > 1:
+        summary["ranks"] = group.size
+    if history.interrupted:
+        summary |= {"interrupted": True, "epochs": len(history.rows)}
+    write_results(folder, model, {"classes": run.classes, "features": run.features}, history.rows, summary)
+    show(folder, summary)
+
+
+def _fit(
+    run: Run, options: Any, folder: Path | None, stop: StopSignals, group: distributed.Group
+) -> tuple[History, int]:
+    """The history, and how many of its epochs are from before this run was resumed."""
     X, y = run.scaled("train")
     rows_now = []
 
@@ -217,7 +269,6 @@ def _train(run: Run, options: Any, folder: Path, stop: StopSignals) -> None:
         if run.classes is not None:
             row["accuracy"] = evaluate(model, X[:_SCORED_ROWS], y[:_SCORED_ROWS], loss=run.loss)["accuracy"]
 
-    began = time.perf_counter()
     history = fit(
         run.model,
         X,
@@ -229,19 +280,10 @@ def _train(run: Run, options: Any, folder: Path, stop: StopSignals) -> None:
         validation=run.scaled("validation") if "validation" in run.parts else None,
         seed=options.seed,
         callbacks=[score],
-        checkpoint=folder / _CHECKPOINTS,
-        checkpoint_every=options.checkpoint_every,
-        resume=options.resume,
+        checkpoint=None if folder is None else folder / _CHECKPOINTS,
+        checkpoint_every=None if folder is None else options.checkpoint_every,
+        resume=options.resume and folder is not None,
         stop=stop,
+        group=group,
     )
-    rows_before = history.rows[: len(history.rows) - len(rows_now)]  # from before it was resumed
-    seconds = time.perf_counter() - began + sum(row["seconds"] for row in rows_before)
-
-    model = run.for_raw_data()
-    loss = run.loss if run.classes is not None else MeanSquaredError()
-    scores = {name: evaluate(model, X, y, loss=loss) for name, (X, y) in run.parts.items()}  # of what is saved, on raw data
-    summary = {"device": str(run.device), "seconds": round(seconds, 3), **scores}
-    if history.interrupted:
-        summary |= {"interrupted": True, "epochs": len(history.rows)}
-    write_results(folder, model, {"classes": run.classes, "features": run.features}, history.rows, summary)
-    show(folder, summary)
+    return history, len(history.rows) - len(rows_now)

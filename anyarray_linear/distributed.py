@@ -1,0 +1,441 @@
+"""Data-parallel training over several processes: `mpiexec -n P`, and `fit(..., group=mpi())` in each of them.
+
+What it answers:
+
+- *The same training.* Every rank draws the same order from one seed and works on its contiguous share of each global batch.
+  The sum over the ranks of `rows_r / rows * gradient_r` is the gradient of the whole batch, also where shares are uneven or
+  empty. Then every rank does the same step, so weights and optimizers stay equal; a checksum each epoch sees to it.
+- *One message per step.* Loss, gradients and the wish to stop travel in one buffer, by one all-reduce.
+- *The engine is somebody else's.* MPI through mpi4py carries all that is on the host; NCCL, through `cupyx.distributed`, the
+  gradients of several GPUs. Neither is loaded before it is used.
+- *Nobody waits for ever.* Whoever fails tells the others; all waiting looks for such news, and has an end. So every rank
+  leaves with an error that names the rank it is about.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import logging
+import os
+import pickle
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from . import doctor
+from ._arrays import Array, computing_on, dtype_name
+from .device import Device, select_device
+from .protocol import join, leaves, parameters
+
+_GRACE = 5.0  # seconds in which the others must say so too
+_yield = getattr(os, "sched_yield", lambda: time.sleep(0))  # Windows has none
+
+
+class RankError(RuntimeError):
+    """Another rank failed, fell silent, or is not what the others are; the message names it.
+
+    ranks: the numbers of the ranks that it is about.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
+class _Late(Exception):
+    """Some rank has not come to what the others wait for."""
+
+
+class Group:
+    """The processes that train one model together, by their ranks; this one is a process alone. See `mpi` and `nccl`.
+
+    Attributes:
+        rank: the number of this process, from 0. Rank 0 alone prints and writes files.
+        size: how many there are.
+        local_rank: the number among those on this machine.
+        echoes: whether this rank stopped with the very error of rank 0, which need not be told twice.
+    """
+
+    rank, size, local_rank, echoes = 0, 1, 0, False
+
+    def device(self, spec: Any = "auto") -> Device:
+        """The device of this rank, for `"auto"` or `"cuda"` one of its own; raises as `select_device` does."""
+        return select_device(spec)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What all ranks do together: if one leaves by an error, all do, and none leaves before the others are done."""
+        yield
+
+    def share(self, start: int, stop: int) -> tuple[int, int]:
+        """This rank's part of the rows from `start` to `stop`: contiguous, and as large as the others' or one row less."""
+        rows = stop - start
+        return start + rows * self.rank // self.size, start + rows * (self.rank + 1) // self.size
+
+    def exchange(self, value: Any) -> list[Any]:
+        """The values of all ranks, by rank."""
+        return [value]
+
+    def average(
+        self, value: Array, gradients: dict[str, Array], wants_stop: bool
+    ) -> tuple[Array, dict[str, Array], bool]:
+        """Loss and gradients summed over the ranks, and whether any rank wants to stop.
+
+        value: a 0-d array, the loss of this rank's rows times their part of the batch's. gradients: likewise, by name.
+        """
+        return value, gradients, wants_stop
+
+    def agree(self, mine: Mapping[str, Any]) -> None:
+        """Raise `RankError` unless all ranks have the same values by these names."""
+        everyone = self.exchange(dict(mine))
+        for name, value in everyone[0].items():
+            others = tuple(rank for rank, theirs in enumerate(everyone) if theirs[name] != value)
+            if others:
+                raise RankError(
+                    f"{self._named(others[:1])} has {name} {everyone[others[0]][name]}, but rank 0 has {value}; "
+                    "all ranks must train the same, so call fit with the same arguments on all of them",
+                    others,
+                )
+
+    def claim(self, device: Device) -> None:
+        """Raise `RankError` if another rank computes on the same CUDA device."""
+        if device.kind != "cuda":
+            return
+        card = doctor.load_cupy().cuda.runtime.getDeviceProperties(device.index)["uuid"], device.native.pci_bus_id
+        everyone = self.exchange((socket.gethostname(), card))
+        both = tuple(rank for rank, theirs in enumerate(everyone) if theirs == everyone[self.rank])
+        if len(both) > 1:
+            raise RankError(
+                f"{self._named(both)} have the same device, {device}; start no more ranks on a machine than it has devices, "
+                "and let each choose its own: device=group.device()",
+                both,
+            )
+
+    def check(self, digest: str, when: str) -> None:
+        """Raise `RankError` on every rank unless all have this digest; named are those who are not with the majority."""
+        everyone = self.exchange(digest)
+        (most, count), *_ = Counter(everyone).most_common()
+        if count == self.size:
+            return
+        others = tuple(rank for rank, theirs in enumerate(everyone) if theirs != most)
+        who = self._named(others)
+        if 2 * count <= self.size:  # nobody can tell who is right
+            others, who = tuple(range(self.size)), "no majority of the ranks agrees, and rank 0 or " + who
+        raise RankError(
+            f"weights, optimizer or random state differ {when}: {who} {'has' if len(others) == 1 else 'have'} others than "
+            "the rest. Something changed them on some ranks only, such as a callback, or a machine computes wrongly. "
+            "The last checkpoint is from before that; resume from it",
+            others,
+        )
+
+    def _named(self, ranks: tuple[int, ...]) -> str:
+        return " and ".join(f"rank {rank}" for rank in ranks)
+
+    def __str__(self) -> str:
+        return "one process"
+
+
+class _MPI(Group):
+    """Ranks over mpi4py."""
+
+    def __init__(self, comm: Any, timeout: float, half: bool, device_buffers: bool | None) -> None:
+        self.MPI = _mpi4py()
+        self.base = (self.MPI.COMM_WORLD if comm is None else comm).Dup()
+        self.timeout, self.half = float(timeout), bool(half)
+        self.rank, self.size = self.base.rank, self.base.size
+        self.local_rank = self.base.Split_type(self.MPI.COMM_TYPE_SHARED).rank
+        self.device_buffers = self._takes_device_buffers() if device_buffers is None else bool(device_buffers)
+        self.places = self.base.allgather((socket.gethostname(), os.getpid()))
+        self._comm: Any = None  # of what is running now: what a failure leaves unfinished must not meet what comes later
+        self._session = 0  # its number, and the tag of the messages about it
+        self._news: dict[int, tuple[tuple[int, ...], str]] = {}  # what ranks that stop have said
+        self._kept: list[Any] = []  # messages on their way
+        self._staging: dict[tuple[int, str], Any] = {}
+        self._said = False
+
+    def _takes_device_buffers(self) -> bool:
+        """Whether this MPI says that it takes CUDA memory, as MPI 4.1 lets it, or `ANYARRAY_MPI_CUDA=1` says so for it."""
+        kinds = self.MPI.COMM_WORLD.Get_info().Get("mpi_memory_alloc_kinds") or ""
+        return "cuda" in kinds or os.environ.get("ANYARRAY_MPI_CUDA", "0") == "1"
+
+    def device(self, spec: Any = "auto") -> Device:
+        if spec == "auto":
+            spec = os.environ.get("ANYARRAY_DEVICE") or ("cuda" if doctor.count() else "auto")
+        # a launcher may let each rank see one card only, which is cuda:0 for all of them
+        return select_device(f"cuda:{self.local_rank % max(1, doctor.count())}" if spec == "cuda" else spec)
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{rank} is process {pid} on {host}" for rank, (host, pid) in enumerate(self.places))
+        return f"{self.size} rank{'s' * (self.size > 1)} over {self._library()}: {where}"
+
+    def _library(self) -> str:
+        text = " ".join(self.MPI.Get_library_version().replace("Version:", " ").splitlines()[0].split())
+        return text.partition(",")[0].rstrip("\0")
+
+    def _named(self, ranks: tuple[int, ...]) -> str:
+        return " and ".join("rank {} (process {} on {})".format(rank, *reversed(self.places[rank])) for rank in ranks)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # waiting, and what may be heard meanwhile
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        if self._comm is not None:  # inside another one
+            yield
+            return
+        self._session += 1
+        try:
+            self._comm, request = self.base.Idup()
+            self._wait(request.Test)
+            yield
+            self.exchange(None)
+        except BaseException as error:
+            silent = self._part(error)
+            if isinstance(error, _Late):
+                who = f"{self._named(silent)} gave" if silent else "all ranks are there, but some"
+                raise RankError(f"{who} no sign for {self.timeout:.0f} s", silent) from None
+            raise
+        finally:
+            self._comm = None
+            self._news.clear()
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        """Wait until it is done. Raises `RankError` when another rank says that it stops, and `_Late` after `timeout`."""
+        began = time.monotonic()
+        while not done():
+            waited = time.monotonic() - began
+            if waited < 0.002:
+                _yield()  # with more ranks than cores, the one that is waited for may need this one
+                continue
+            self._hear()
+            for about, what in self._news.values():
+                raise RankError(what, about)
+            if waited > self.timeout:
+                raise _Late
+            time.sleep(0 if waited < 1 else 1e-3)
+
+    def _hear(self) -> None:
+        """Note what other ranks have said about why they stop."""
+        status = self.MPI.Status()
+        while self.base.Iprobe(tag=self._session, status=status):
+            self._news[status.source] = self.base.recv(source=status.source, tag=self._session)
+
+    def _part(self, error: BaseException) -> tuple[int, ...]:
+        """Tell the other ranks why this one stops, and wait a moment for them to say so too; those that did not."""
+        about: tuple[int, ...] = (self.rank,)
+        what = f"{self._named(about)} stopped: {type(error).__name__}: {error}"
+        if isinstance(error, RankError):
+            about, what = error.ranks, str(error)
+        elif isinstance(error, _Late):
+            what = f"{self._named(about)} has waited for {self.timeout:.0f} s for a rank that gave no sign"
+        others = set(range(self.size)) - {self.rank}
+        until = time.monotonic() + _GRACE
+        self._kept += [self.base.isend((about, what), rank, self._session) for rank in others]
+        while others - self._news.keys() and time.monotonic() < until:
+            self._hear()
+            time.sleep(1e-3)
+        silent = tuple(sorted(others - self._news.keys()))
+        self.echoes = 0 in self._news and self._news[0][1].partition(": ")[2] == what.partition(": ")[2]
+        if silent or self._lingers:
+            atexit.register(self._abort)
+        return silent
+
+    _lingers = False
+    """Whether something unfinished would keep a process from ending."""
+
+    def _abort(self) -> None:
+        """End all ranks: MPI would wait for those that are silent."""
+        self.base.Abort(1)
+
+    def exchange(self, value: Any) -> list[Any]:
+        mine = np.frombuffer(pickle.dumps(value), np.uint8)
+        sizes = np.empty(self.size, np.int64)
+        self._wait(self._comm.Iallgather(np.asarray([mine.size]), sizes).Test)
+        everyone = np.empty(int(sizes.sum()), np.uint8)
+        self._wait(self._comm.Iallgatherv(mine, [everyone, sizes]).Test)
+        return [pickle.loads(part.tobytes()) for part in np.split(everyone, np.cumsum(sizes)[:-1])]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # the gradients
+
+    def average(
+        self, value: Array, gradients: dict[str, Array], wants_stop: bool
+    ) -> tuple[Array, dict[str, Array], bool]:
+        gradients = {name: gradients[name] for name in sorted(gradients)}  # in one order on all ranks
+        first = next(iter(gradients.values()))
+        with computing_on(first) as xp:
+            packed = [xp.reshape(dW, (-1,)) for dW in gradients.values()]
+            exact = xp.float32 if dtype_name(first.dtype) == "float16" else first.dtype  # a loss of 65505 is no infinity
+            flag = xp.full((1,), float(wants_stop), dtype=exact, device=Device.of(first).native)
+            tail = [xp.astype(xp.reshape(value, (1,)), exact, copy=False), flag]
+            if self.half or exact != first.dtype:  # the loss keeps its precision, at the price of a second, small message
+                flat, _ = self._summed(xp.astype(xp.concat(packed), xp.float16, copy=False), False)
+                flat = xp.astype(flat, first.dtype, copy=False)
+                last, stop = self._summed(xp.concat(tail), True)
+            else:
+                flat, stop = self._summed(xp.concat([*packed, *tail]), True)
+                last = flat[-2:]
+            summed, start = {}, 0
+            for name, dW in gradients.items():
+                size = int(np.prod(dW.shape))
+                summed[name] = xp.reshape(flat[start : start + size], dW.shape)
+                start += size
+            return xp.astype(xp.reshape(last[:1], ()), value.dtype, copy=False), summed, stop > 0
+
+    def _summed(self, x: Array, flagged: bool) -> tuple[Array, float]:
+        """`x`, which is ours to write to, summed over all ranks, and its last element, of use if that is the flag."""
+        place = Device.of(x)
+        if place.kind != "cuda":
+            host = place.to_numpy(x)
+            host = host if host.flags.writeable else host.copy()
+            self._wait(self._comm.Iallreduce(self.MPI.IN_PLACE, host).Test)
+            return place.asarray(host), float(host[-1])
+        if self.device_buffers:
+            import cupy
+
+            cupy.cuda.get_current_stream().synchronize()  # MPI knows no streams, and would send what is not there yet
+            self._wait(self._comm.Iallreduce(self.MPI.IN_PLACE, x).Test)
+            return x, float(x[-1])
+        host = self._pinned(x)
+        x.get(out=host)  # which waits for the stream
+        self._wait(self._comm.Iallreduce(self.MPI.IN_PLACE, host).Test)
+        x.set(host)
+        return x, float(host[-1])
+
+    def _pinned(self, x: Array) -> Any:
+        """Page-locked memory on the host for `x`, the same each time."""
+        import cupyx
+
+        if not self._said and self.rank == 0:
+            logging.getLogger(__name__).warning(
+                "%s does not say that it is CUDA-aware, so gradients go through host memory; "
+                "if it is, set ANYARRAY_MPI_CUDA=1",
+                self._library(),
+            )
+        self._said = True
+        key = x.size, x.dtype.char
+        if key not in self._staging:
+            self._staging[key] = cupyx.empty_pinned(x.shape, x.dtype)
+        return self._staging[key]
+
+
+class _NCCL(_MPI):
+    """Ranks over mpi4py, whose gradients NCCL sums on their devices, without the host waiting for them."""
+
+    _lingers = True  # a sum that some rank never joined
+
+    def __init__(self, timeout: float, half: bool) -> None:
+        super().__init__(None, timeout, half, None)
+        self._flag: Any = None
+        self._place = self.device("cuda")
+        with self.running():
+            self.claim(self._place)
+            import cupyx.distributed
+
+            with self._place:
+                self._sums = cupyx.distributed.init_process_group(self.size, self.rank, use_mpi=True)
+
+    def _library(self) -> str:
+        return f"NCCL and {super()._library()}"
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._flag = self._flag if self._comm is not None else None
+        with super().running():
+            yield
+
+    def _summed(self, x: Array, flagged: bool) -> tuple[Array, float]:
+        if Device.of(x) != self._place:
+            raise ValueError(
+                f"the gradients are on {Device.of(x)}, but this rank's NCCL is on {self._place}; "
+                "build the model with device=group.device()"
+            )
+        self._sums.all_reduce(x, x)  # on the current stream, as everything before and after it
+        return x, self._flag_before(x) if flagged else 0.0
+
+    def _flag_before(self, x: Array) -> float:
+        """The last element of the sum *before* this one, which is there by now: so the host never waits for this one."""
+        import cupy
+        import cupyx
+
+        before = self._flag
+        host, event = cupyx.empty_pinned((1,), x.dtype), cupy.cuda.Event(disable_timing=True)
+        x[-1:].get(out=host, blocking=False)
+        event.record()
+        self._flag = host, event
+        if before is None:
+            return 0.0
+        host, event = before
+        self._wait(lambda: event.done)
+        return float(host[0])
+
+
+def mpi(*, comm: Any = None, timeout: float = 300.0, half: bool = False, device_buffers: bool | None = None) -> Group:
+    """The group of all processes that `mpiexec` started, for `fit(..., group=mpi())`.
+
+    comm: an mpi4py communicator, if not all of them. timeout: after so many seconds without a sign of a rank, the others
+    stop; it must be longer than the slowest callback and the writing of a checkpoint. half: send gradients as float16 (see
+    `docs/distributed.md` for the error and where it pays). device_buffers: whether this MPI takes CUDA memory, which is
+    otherwise asked of it; where it does not, gradients go through host memory.
+
+    Every process must call it. Raises `ImportError` without mpi4py.
+    """
+    return _MPI(comm, timeout, half, device_buffers)
+
+
+def nccl(*, timeout: float = 300.0, half: bool = False) -> Group:
+    """As `mpi`, with the gradients summed by NCCL through `cupyx.distributed`: one CUDA device for each process.
+
+    A wish to stop takes effect one step later than over MPI, for the host does not wait for the step at hand.
+
+    Every process must call it. Raises `ImportError` without mpi4py, `DeviceUnavailableError` without a device, `RankError`
+    where two ranks have one device, and `RuntimeError` where CuPy has no NCCL.
+    """
+    return _NCCL(timeout, half)
+
+
+def _mpi4py() -> Any:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ImportError(
+            'several processes need mpi4py and an MPI: pip install "anyarray_linear[mpi]", and for want of an MPI '
+            f"pip install mpich ({error})"
+        ) from error
+    return MPI
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the state that is equal on all ranks
+
+
+def snapshot(model: Any, optimizer: Any) -> dict[str, Any]:
+    """Weights and optimizer on the host, to be sent."""
+    rule = optimizer.state_dict()
+    moments = {name: {m: Device.of(x).to_numpy(x) for m, x in own.items()} for name, own in rule["moments"].items()}
+    weights = {name: Device.of(W).to_numpy(W) for name, W in parameters(model).items()}
+    return {"weights": weights, "optimizer": {**rule, "moments": moments}}
+
+
+def adopt(model: Any, optimizer: Any, sent: Mapping[str, Any]) -> None:
+    """Be what `snapshot` saw elsewhere."""
+    optimizer.load_state_dict(sent["optimizer"])
+    for name, layer in leaves(model):
+        for p, W in layer.parameters().items():
+            setattr(layer, p, Device.of(W).asarray(sent["weights"][join(name, p)], dtype=W.dtype))
+
+
+def digest(model: Any, optimizer: Any, *more: Any) -> str:
+    """The SHA-256 of weights, optimizer and whatever else has to be equal on all ranks."""
+    state = snapshot(model, optimizer)
+    found = hashlib.sha256(repr((state["optimizer"]["steps"], more)).encode())
+    for name, W in state["weights"].items():
+        for x in (W, *state["optimizer"]["moments"].get(name, {}).values()):
+            found.update(np.ascontiguousarray(x).data)
+    return found.hexdigest()
