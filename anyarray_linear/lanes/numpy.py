@@ -153,6 +153,14 @@ def cross_entropy_gradient(xp: Namespace, P: Array, T: Array) -> Array:
     return dZ
 
 
+# the training loop
+
+
+def all_finite(xp: Namespace, x: Array) -> bool:
+    """Whether no element is NaN or infinite; the sum without what `np.sum` has around it."""
+    return math.isfinite(np.add.reduce(x, axis=None)) or bool(np.isfinite(x).all())
+
+
 # the optimizer
 
 
