@@ -248,7 +248,8 @@ def _compare(result: Any, expected: Any, what: str, index: int) -> None:
 _NEWER_DRIVER = "Update it from nvidia.com/drivers, or with the packages of your system."
 _CONTAINER = (
     "In a container, start it with the cards: docker run --gpus all ..., or podman run --device nvidia.com/gpu=all ...; "
-    "the host needs the NVIDIA driver and the NVIDIA Container Toolkit."
+    "the host needs the NVIDIA driver and the NVIDIA Container Toolkit, made known once by "
+    "nvidia-ctk runtime configure --runtime=docker, or for Podman by nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml."
 )
 
 
@@ -337,7 +338,7 @@ def _driver_version() -> int:
 
 
 def _in_container() -> bool:
-    return Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
+    return "container" in os.environ or Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
 
 
 def _version(number: int) -> str:
