@@ -1,0 +1,5 @@
+"""Where other libraries' users are at home: ONNX files, scikit-learn estimators. Each module needs its library; nothing else does.
+
+PyTorch needs no module: weights go both ways by `save_model` and `load_model`, arrays by `Linear.from_arrays` and
+`Device.from_dlpack`.
+"""
