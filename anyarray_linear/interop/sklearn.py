@@ -6,10 +6,10 @@ the names of `MLPClassifier` where they mean the same. What is different:
 - `device`: where to compute, as `select_device` takes it; NumPy data are moved there batch by batch, and results come back.
   `None`: where `X` is. That is the CPU, or under `sklearn.config_context(array_api_dispatch=True)` wherever the arrays are:
   CuPy arrays train on their card, torch tensors on their device, and results are of the same library and device.
-- `dtype`: what to compute in; `None` is float32 for a float32 or float16 `X`, else float64. Most GPUs are many times faster in
-  float32.
-- `solver` is one of this library's optimizers, and `weight_decay` theirs; there is no `alpha`, which MLPClassifier divides by
-  the number of samples.
+- `dtype`: what to compute in; `None` is float32 for a float32 or float16 `X`, else float64. Most GPUs are many times
+  faster in float32.
+- `solver` is one of this library's optimizers, and `weight_decay` theirs; there is no `alpha`, which MLPClassifier divides
+  by the number of samples.
 
 There are no sample weights: scikit-learn requires that a weight of 0 gives the model that was trained without the sample,
 and training by shuffled mini-batches cannot promise it.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -34,7 +35,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .._arrays import Array, computing_on, describe, dtype_name
+from .._arrays import Array, computing_on, describe, dtype_name, is_array
 from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from ..device import Device, select_device
 from ..linear import Linear
@@ -109,8 +110,16 @@ class _LinearNet(BaseEstimator):  # type: ignore[misc]
     # -----------------------------------------------------------------------------------------------------------------
     # What the subclasses say
 
-    def _encoded(self, y: Array, *, first: bool) -> Host:
-        """The targets on the host as the loss takes them; the `first` ones say which there are."""
+    def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Array, Array]:
+        """`X` and `y` as arrays, checked; `reset` says that they are the first."""
+        raise NotImplementedError
+
+    def _look_at(self, y: Array) -> None:
+        """Remember what targets there are."""
+        raise NotImplementedError
+
+    def _encoded(self, y: Array) -> Host:
+        """The targets on the host as the loss takes them."""
         raise NotImplementedError
 
     def _outputs(self) -> int:
@@ -127,19 +136,21 @@ class _LinearNet(BaseEstimator):  # type: ignore[misc]
     def fit(self, X: Any, y: Any) -> Self:
         """Train a new model on `X` `(n_samples, n_features)` and `y`, and return the estimator.
 
-        Training ends after `max_iter` epochs, or when the loss (with `early_stopping`, the score on held-out samples) has not
-        improved by `tol` for more than `n_iter_no_change` epochs; with `early_stopping`, the best epoch's weights are kept.
+        Training ends after `max_iter` epochs, or when the loss (with `early_stopping`, the score on held-out samples) has
+        not improved by `tol` for more than `n_iter_no_change` epochs; then the weights of the best epoch are kept, if there
+        is a score.
 
         Raises `ValueError` or `TypeError` for data or parameters that do not fit, `DeviceUnavailableError` for a device that
         cannot be used, and `NonFiniteError` when training diverges.
         """
         X, y = self._validated(X, y, reset=True)
-        targets = self._encoded(y, first=True)
+        self._look_at(y)
+        targets = self._encoded(y)
         self._begin(X)
         held = score = None
         if self.early_stopping:
             rows, held_rows = self._split(targets)
-            held = _rows(X, held_rows), _rows(X, held_rows, targets)
+            held = _rows(X, held_rows), self._placed(X, targets[held_rows])
             score = self._scorer(targets[held_rows])
             X, targets = _rows(X, rows), targets[rows]
         watch = _Watch(score, self.tol, self.n_iter_no_change)
@@ -156,9 +167,6 @@ class _LinearNet(BaseEstimator):  # type: ignore[misc]
             )
         return self
 
-    def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Array, Array]:
-        raise NotImplementedError
-
     def _begin(self, X: Array) -> None:
         """A new model and optimizer, for data like `X`."""
         place = Device.of(X) if self.device is None else select_device(self.device)
@@ -169,14 +177,13 @@ class _LinearNet(BaseEstimator):  # type: ignore[misc]
         self._optimizer = self._new_optimizer()
         # the layers draw from it, and then every fit its order of the samples
         self._seed = np.random.SeedSequence(int(check_random_state(self.random_state).randint(2**31 - 1)))
-        hidden = self.hidden_layer_sizes
-        sizes = [X.shape[1], *(np.atleast_1d(hidden).tolist() if np.size(hidden) else ()), self._outputs()]
         layers: list[Any] = []
-        for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
-            layers += [kind() for kind in activation] if i else []
+        for n_in, n_out in pairwise([X.shape[1], *np.atleast_1d(self.hidden_layer_sizes).tolist(), self._outputs()]):
+            layers += [kind() for kind in activation] if layers else []
             layers.append(Linear(n_in, n_out, init=init, dtype=dtype, device=place, seed=self._seed))
         self.model_ = Sequential(*layers)
-        self.n_iter_, self.loss_curve_ = 0, []
+        self.n_iter_: int = 0
+        self.loss_curve_: list[float] = []
 
     def _new_optimizer(self) -> Any:
         kind = _named("solver", self.solver, {"sgd": SGD, "adam": Adam, "adamw": AdamW})
@@ -203,7 +210,7 @@ class _LinearNet(BaseEstimator):  # type: ignore[misc]
         history = fit(
             self.model_,
             X,
-            Device.of(X).asarray(targets),
+            self._placed(X, targets),
             loss=self._loss,
             optimizer=self._optimizer,
             epochs=epochs,
@@ -217,13 +224,19 @@ class _LinearNet(BaseEstimator):  # type: ignore[misc]
         if history.interrupted:
             warnings.warn("training was interrupted; the model is as trained so far", stacklevel=3)
 
-    def _continue(self, X: Any, y: Any) -> Self:
-        """One pass over the samples, with the model there is, if there is one."""
+    def _placed(self, X: Array, targets: Host) -> Array:
+        """The targets where `X` is, numbers in the model's dtype."""
+        return Device.of(X).asarray(targets, _first(self.model_).dtype if targets.dtype.kind == "f" else None)
+
+    def _continue(self, X: Any, y: Any, known: Any = None) -> Self:
+        """One pass over the samples, with the model there is, if there is one; `known`: all targets, if not those of `y`."""
         if self.early_stopping:
             raise ValueError("partial_fit is one pass, and early_stopping is about many; set early_stopping=False")
         first = not hasattr(self, "model_")
         X, y = self._validated(X, y, reset=first)
-        targets = self._encoded(y, first=first)
+        if first:
+            self._look_at(y if known is None else known)
+        targets = self._encoded(y)
         if first:
             self._begin(X)
         self._check_place(X, "partial_fit")
@@ -241,12 +254,12 @@ class _LinearNet(BaseEstimator):  # type: ignore[misc]
         return predict(self.model_, X)
 
     def _check_place(self, X: Array, method: str) -> None:
-        place = self.model_[0].device
+        place = _first(self.model_).device
         if self.device is None and Device.of(X) != place:
             raise ValueError(
-                f"Inputs passed to {type(self).__name__}.{method}() must use the same namespace and the same device as those "
-                f"passed to fit(): X is {describe(X)}, but the model is on {place}; pass arrays of that device, or move the "
-                'model with estimator.model_ = estimator.model_.to("cpu"), say'
+                f"Inputs passed to {type(self).__name__}.{method}() must use the same namespace and the same device as "
+                f"those passed to fit(): X is {describe(X)}, but the model is on {place}; pass arrays of that device, or "
+                'move the model with estimator.model_ = estimator.model_.to("cpu"), say'
             )
 
 
@@ -257,13 +270,15 @@ def _named(name: str, value: Any, choices: dict[str, Any]) -> Any:
     raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
 
 
-def _rows(X: Array, rows: Host, of: Host | None = None) -> Array:
-    """Those rows of `X`, or of the host array `of`, on the device of `X`."""
-    place = Device.of(X)
-    if of is not None:
-        return place.asarray(of[rows])
+def _first(model: Any) -> Linear:
+    layer: Linear = model[0]
+    return layer
+
+
+def _rows(X: Array, rows: Host) -> Array:
+    """Those rows of `X`, where it is."""
     with computing_on(X) as xp:
-        return xp.take(X, place.asarray(rows), axis=0)
+        return xp.take(X, Device.of(X).asarray(rows), axis=0)
 
 
 class _Watch:
@@ -305,8 +320,8 @@ class LinearNetClassifier(ClassifierMixin, _LinearNet):  # type: ignore[misc]
     solver: `"adam"`, `"adamw"` or `"sgd"`, the last with `momentum` and `nesterovs_momentum`; `learning_rate_init` and
     `weight_decay` are theirs.
     batch_size: samples per step; `"auto"` is 200, or all if there are fewer. max_iter: the most epochs.
-    early_stopping: hold out `validation_fraction` of the samples, the classes in proportion, and keep the weights with the best
-    accuracy there. tol, n_iter_no_change: when to stop, see `fit`.
+    early_stopping: hold out `validation_fraction` of the samples, the classes in proportion, and keep the weights with the
+    best accuracy there. tol, n_iter_no_change: when to stop, see `fit`.
     random_state: an int, a `numpy.random.RandomState` or `None`. verbose: show progress.
     device, dtype: see the top of this module.
 
@@ -330,31 +345,27 @@ class LinearNetClassifier(ClassifierMixin, _LinearNet):  # type: ignore[misc]
         if not hasattr(self, "model_"):
             if classes is None:
                 raise ValueError("classes must be passed on the first call to partial_fit: the labels of all calls")
-            self._known = _host_labels(classes)
-        elif classes is not None and not np.array_equal(np.unique(_host_labels(classes)), _host_labels(self.classes_)):
+        elif classes is not None and not np.array_equal(np.unique(_labels(classes)), _labels(self.classes_)):
             raise ValueError(f"classes is {classes!r:.200}, but this model was begun with {self.classes_!r:.200}")
-        try:
-            return self._continue(X, y)
-        finally:
-            vars(self).pop("_known", None)
+        return self._continue(X, y, classes)
 
     def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Array, Array]:
         X, y = validate_data(self, X, y, reset=reset)
         check_classification_targets(y)
         return X, y
 
-    def _encoded(self, y: Array, *, first: bool) -> Host:
-        labels = _host_labels(y)
-        if first:
-            self.classes_ = np.unique(vars(self).get("_known", labels))
-        classes = _host_labels(self.classes_)
+    def _look_at(self, y: Any) -> None:
+        self.classes_ = np.unique(_labels(y))
+
+    def _encoded(self, y: Array) -> Host:
+        labels, classes = _labels(y), _labels(self.classes_)
         if not (known := np.isin(labels, classes)).all():
             raise ValueError(f"y has the label {labels[~known][0]!r}, which is none of the classes {classes!r:.200}")
         return np.searchsorted(classes, labels)
 
     def _begin(self, X: Array) -> None:
         super()._begin(X)
-        if self.classes_.dtype.kind in "biuf":  # an array library other than NumPy has no text
+        if not _is_text(self.classes_):
             self.classes_ = Device.of(X).asarray(self.classes_)
 
     def _outputs(self) -> int:
@@ -367,29 +378,34 @@ class LinearNetClassifier(ClassifierMixin, _LinearNet):  # type: ignore[misc]
         """The class of each sample, `(n_samples,)`: the one with the largest output."""
         Z = self._raw(X, "predict")
         with computing_on(Z) as xp:
-            ids = xp.argmax(Z, axis=1)
-            place = Device.of(self.classes_)
-            if place.kind == "cpu":
-                return self.classes_[Device.of(ids).to_numpy(ids)]
+            ids, place = xp.argmax(Z, axis=1), Device.of(Z)
+            if _is_text(self.classes_):
+                return self.classes_[place.to_numpy(ids)]
             return xp.take(place.asarray(self.classes_), ids)
 
     def predict_proba(self, X: Any) -> Array:
-        """The probability of each class, `(n_samples, n_classes)`, in the order of `classes_`: the softmax of the outputs."""
+        """The probability of each class, `(n_samples, n_classes)`, in the order of `classes_`: the outputs' softmax."""
         Z = self._raw(X, "predict_proba")
         with computing_on(Z) as xp:
             E = xp.exp(Z - xp.max(Z, axis=1, keepdims=True))
             return E / xp.sum(E, axis=1, keepdims=True)
 
 
-def _host_labels(y: Any) -> Host:
-    return y if isinstance(y, np.ndarray) else Device.of(y).to_numpy(y) if hasattr(y, "dtype") else np.asarray(y)
+def _labels(y: Any) -> Host:
+    """Labels of any kind on the host."""
+    return Device.of(y).to_numpy(y) if is_array(y) else np.asarray(y)
+
+
+def _is_text(labels: Array) -> bool:
+    """Whether the labels are something that only NumPy has arrays of."""
+    return isinstance(labels, np.ndarray) and labels.dtype.kind not in "biuf"
 
 
 class LinearNetRegressor(RegressorMixin, _LinearNet):  # type: ignore[misc]
     """A regressor: linear layers with activations between them, trained by the mean squared error; one target or several.
 
-    Parameters and fitted attributes are those of `LinearNetClassifier`, without classes. With `early_stopping`, the score is the
-    coefficient of determination on the held-out samples (over several targets, of all of them together).
+    Parameters and fitted attributes are those of `LinearNetClassifier`, without classes. With `early_stopping`, the score is
+    the coefficient of determination on the held-out samples (over several targets, of all of them together).
     Like MLPRegressor it takes targets as they are: scale large ones, with TransformedTargetRegressor, say.
 
     >>> import numpy as np
@@ -414,14 +430,14 @@ class LinearNetRegressor(RegressorMixin, _LinearNet):  # type: ignore[misc]
         validated: tuple[Array, Array] = validate_data(self, X, y, reset=reset, multi_output=True, y_numeric=True)
         return validated
 
-    def _encoded(self, y: Array, *, first: bool) -> Host:
+    def _look_at(self, y: Array) -> None:
+        self._target_shape = tuple(y.shape[1:])
+
+    def _encoded(self, y: Array) -> Host:
         targets = Device.of(y).to_numpy(y)
-        targets = targets if targets.dtype.kind == "f" else targets.astype(np.float64)
-        if first:
-            self._target_shape = targets.shape[1:]
-        elif targets.shape[1:] != self._target_shape:
+        if targets.shape[1:] != self._target_shape:
             raise ValueError(f"y has shape {targets.shape}, but it must be {(len(targets), *self._target_shape)}, as before")
-        return targets
+        return targets if targets.dtype.kind == "f" else targets.astype(np.float64)
 
     def _outputs(self) -> int:
         return math.prod(self._target_shape)
