@@ -108,3 +108,13 @@ def test_on_one_card_nothing_goes_by_way_of_the_host(backend):
         assert backend.owns(here)
         written(backend, x)
         assert backend.to_numpy(here)[0] == 7
+
+
+def test_jax_is_not_allowed_to_copy_in_silence():
+    jax = pytest.importorskip("jax")
+    place = Device.of(jax.numpy.zeros(1))
+    memory = np.zeros(64, dtype="float32")
+    start = next(i for i in range(1, 32) if memory[i:].ctypes.data % 64)  # JAX wants 64 bytes of alignment
+    with pytest.raises(ValueError, match=r"cannot share its memory: .*asarray moves it"):
+        place.from_dlpack(memory[start : start + 4])
+    assert np.asarray(place.asarray(memory[start : start + 4])).tolist() == [0] * 4

@@ -1,10 +1,10 @@
 """Models as ONNX files, which ONNX Runtime and many other programs run without this library.
 
-A `Linear` is a `Gemm` with `transB=1`, `Z = X W^T + b`; an activation is the operator of that name, but for `SiLU`, which is
-`X * Sigmoid(X)`. A layer that stands at several positions has its weights in the file once, under the names that
-`save_model` gives them, which are PyTorch's. The file's input is `X` `(batch, in_features)`, with any batch size, its output
-`Z` `(batch, out_features)`, or `P`, the softmax of `Z`, where that is asked for. `classes`, `features` and what else the
-metadata has are the file's metadata, as JSON.
+A `Linear` is a `Gemm` with `transB=1`, `Z = X W^T + b`; an activation is its formula in ONNX's operators. A layer that
+stands at several positions has its weights in the file once, under the names that `save_model` gives them, which are
+PyTorch's. The file's input is `X` `(batch, in_features)`, with any batch size, its output `Z` `(batch, out_features)`, or
+`P`, the softmax of `Z`, where that is asked for. `classes`, `features` and what else the metadata has are the file's
+metadata, as JSON.
 
 Only the `onnx` package is needed, and nothing is computed: a float16 model is exported without a device that runs it.
 """
@@ -19,17 +19,30 @@ from typing import Any
 import numpy as np
 
 from .._files import atomic_write
+from ..activations import GELU
 from ..checkpoint import CheckpointError, _architecture, _json, _read, _shown, _told, _weights
 from ..protocol import join
 
 Host = np.ndarray[Any, Any]
 Spec = Mapping[str, Any]
 
-OPSET = 20
-"""The first one with `Gelu` (ONNX 1.15, ONNX Runtime 1.17)."""
-_IR_VERSION = 9  # the one of that release, which older readers know too
+OPSET, _IR_VERSION = 13, 7
+"""What the files are written in: old enough for nearly every reader (ONNX 1.8), and with `Softmax` as it is today."""
 
-_OPERATORS = {"ReLU": "Relu", "Tanh": "Tanh", "Sigmoid": "Sigmoid", "GELU": "Gelu"}
+_Step = tuple[str, ...]  # the name of a result, the operator, and the names of its inputs
+_FORMULAS: dict[str, tuple[_Step, ...]] = {
+    "ReLU": (("Z", "Relu", "X"),),
+    "Tanh": (("Z", "Tanh", "X"),),
+    "Sigmoid": (("Z", "Sigmoid", "X"),),
+    "SiLU": (("S", "Sigmoid", "X"), ("Z", "Mul", "X", "S")),
+    # not the operator Gelu: its definition has the constants in float32, so in float64 it is off by 1e-8
+    "GELU": (
+        *(("S", "Mul", "X", "X"), ("C", "Mul", "S", "gelu.c"), ("D", "Add", "C", "gelu.one")),
+        *(("A", "Mul", "X", "gelu.a"), ("U", "Mul", "A", "D"), ("T", "Tanh", "U")),
+        *(("H", "Mul", "X", "gelu.half"), ("V", "Add", "T", "gelu.one"), ("Z", "Mul", "H", "V")),
+    ),
+}
+_CONSTANTS = {"gelu.a": GELU._a, "gelu.c": GELU._c, "gelu.half": 0.5, "gelu.one": 1.0}
 _MOST_BYTES = 2**31 - 2**24  # protobuf's limit is 2 GiB, and names and metadata take some of it
 
 
@@ -86,24 +99,26 @@ def _proto(architecture: Spec, weights: Mapping[str, Host], softmax: bool, metad
         raise ValueError(f"metadata names {len(classes)} classes, but the model has {out_features} outputs")
 
     nodes: list[Any] = []
-    names: dict[str, None] = {}  # of the weights in use, each once, in order
     X = "X"
     for position, first, spec in positions:
-        made, used = _nodes(onnx.helper.make_node, position, first, spec, X)
-        nodes += made
-        names |= dict.fromkeys(used)
-        X = nodes[-1].output[0]
+        for Z, operator, *inputs in _steps(position, first, spec, X):
+            options = {"transB": 1} if operator == "Gemm" else {}
+            nodes.append(onnx.helper.make_node(operator, inputs, [Z], name=f"{Z}:{operator}", **options))
+            X = Z
     nodes[-1].output[0] = "Z"
     if softmax:
-        nodes.append(onnx.helper.make_node("Softmax", ["Z"], ["P"], name="softmax", axis=1))
-    kind = onnx.helper.np_dtype_to_tensor_dtype(next(iter(weights.values())).dtype)
+        nodes.append(onnx.helper.make_node("Softmax", ["Z"], ["P"], name="P:Softmax", axis=1))
+    dtype = next(iter(weights.values())).dtype
+    values = {**weights, **{name: np.asarray(value, dtype=dtype) for name, value in _CONSTANTS.items()}}
+    used = dict.fromkeys(name for node in nodes for name in node.input if name in values)  # each once, in order
+    kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
     describe = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
         nodes,
         "anyarray_linear",
         [describe("X", kind, ["batch", in_features])],
         [describe("P" if softmax else "Z", kind, ["batch", out_features])],
-        [onnx.numpy_helper.from_array(weights[name], name) for name in names],
+        [onnx.numpy_helper.from_array(values[name], name) for name in used],
     )
     from .. import __version__
 
@@ -134,10 +149,12 @@ def _positions(spec: Spec, path: str, made: dict[str, Spec]) -> Iterator[tuple[s
 
 def _check(positions: list[tuple[str, str, Spec]], weights: Mapping[str, Host]) -> None:
     """Raise `ValueError` unless ONNX can express the layers, and they fit each other and their weights."""
-    width, expected = None, set()
+    width: int | None = None
+    dtypes: dict[str, str] = {}
+    expected = set()
     for position, _, spec in positions:
         kind = spec["type"]
-        if spec.get("custom") or kind not in ("Linear", "SiLU", *_OPERATORS):
+        if spec.get("custom") or kind not in ("Linear", *_FORMULAS):
             raise ValueError(
                 f"layer {position or 'of the model'} is {_shown(spec)}, which has no operator in ONNX; "
                 "export a model of this library's own layers"
@@ -153,29 +170,28 @@ def _check(positions: list[tuple[str, str, Spec]], weights: Mapping[str, Host]) 
             if weights[name].shape != shape:
                 raise ValueError(f"{name} has shape {weights[name].shape}, but the layer is {_shown(spec)}")
             expected.add(name)
+            dtypes.setdefault(weights[name].dtype.name, name)
     if width is None:
         raise ValueError("the model has no Linear layer, so nothing says how many features and which dtype it takes")
     if unknown := sorted(weights.keys() - expected):
         raise ValueError(f"there is {unknown[0]}, which belongs to no layer")
-    dtypes = {x.dtype.name: name for name, x in weights.items()}
     if len(dtypes) > 1:
         raise ValueError("the layers are of more than one dtype: " + ", ".join(f"{n} is {d}" for d, n in dtypes.items()))
     if (size := sum(x.nbytes for x in weights.values())) > _MOST_BYTES:
         raise ValueError(f"the weights have {size:,} bytes, but an ONNX file holds less than 2 GiB")
 
 
-def _nodes(make_node: Any, position: str, first: str, spec: Spec, X: str) -> tuple[list[Any], list[str]]:
-    """The nodes of one layer with the input named `X`, and the names of the weights they use."""
-    Z, kind = join(position, "Z"), spec["type"]
-    if kind == "Linear":
-        used = [join(first, "weight"), *([join(first, "bias")] if spec["bias"] else [])]
-        return [make_node("Gemm", [X, *used], [Z], name=position or "linear", transB=1)], used
-    if kind == "SiLU":
-        S = join(position, "S")
-        sigmoid = make_node("Sigmoid", [X], [S], name=join(position, "sigmoid"))
-        return [sigmoid, make_node("Mul", [X, S], [Z], name=position)], []
-    options = {"approximate": spec["approximate"]} if kind == "GELU" else {}
-    return [make_node(_OPERATORS[kind], [X], [Z], name=position, **options)], []
+def _steps(position: str, first: str, spec: Spec, X: str) -> Iterator[_Step]:
+    """The operations of one layer, in order, with the input named `X`; its weights are those of its `first` position."""
+    if spec["type"] == "Linear":
+        weights = [join(first, p) for p in ("weight", "bias") if p == "weight" or spec["bias"]]
+        yield join(position, "Z"), "Gemm", X, *weights
+        return
+    for Z, operator, *inputs in _FORMULAS[spec["type"]]:
+        yield (
+            join(position, Z), operator,
+            *(X if name == "X" else name if name in _CONSTANTS else join(position, name) for name in inputs),
+        )  # fmt: skip
 
 
 def _onnx() -> Any:
