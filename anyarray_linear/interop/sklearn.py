@@ -104,7 +104,7 @@ class _LinearNet(BaseEstimator):  # type: ignore[misc]
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.array_api_support = True
+        tags.array_api_support = self.device is None  # for scikit-learn that means: everything stays where X is
         return tags
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -346,7 +346,8 @@ class LinearNetClassifier(ClassifierMixin, _LinearNet):  # type: ignore[misc]
             if classes is None:
                 raise ValueError("classes must be passed on the first call to partial_fit: the labels of all calls")
         elif classes is not None and not np.array_equal(np.unique(_labels(classes)), _labels(self.classes_)):
-            raise ValueError(f"classes is {classes!r:.200}, but this model was begun with {self.classes_!r:.200}")
+            known = _labels(self.classes_).tolist()
+            raise ValueError(f"classes is {classes!r:.200}, but this model was begun with {known!r:.200}")
         return self._continue(X, y, classes)
 
     def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Array, Array]:
@@ -360,7 +361,9 @@ class LinearNetClassifier(ClassifierMixin, _LinearNet):  # type: ignore[misc]
     def _encoded(self, y: Array) -> Host:
         labels, classes = _labels(y), _labels(self.classes_)
         if not (known := np.isin(labels, classes)).all():
-            raise ValueError(f"y has the label {labels[~known][0]!r}, which is none of the classes {classes!r:.200}")
+            raise ValueError(
+                f"y has the label {labels[~known].tolist()[0]!r}, which is none of the classes {classes.tolist()!r:.200}"
+            )
         return np.searchsorted(classes, labels)
 
     def _begin(self, X: Array) -> None:
