@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, Self
 
@@ -249,7 +250,8 @@ class _LinearNet(BaseEstimator):  # type: ignore[misc]
     def _raw(self, X: Any, method: str) -> Array:
         """The outputs `Z` `(n_samples, outputs)` of the model, where `X` is."""
         check_is_fitted(self)
-        X = validate_data(self, X, reset=False)
+        with _where(X):
+            X = validate_data(self, X, reset=False)
         self._check_place(X, method)
         return predict(self.model_, X)
 
@@ -268,6 +270,11 @@ def _named(name: str, value: Any, choices: dict[str, Any]) -> Any:
     if isinstance(value, str) and value in choices:
         return choices[value]
     raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def _where(X: Any) -> AbstractContextManager[Any]:
+    """A context in which scikit-learn computes where `X` is; with CuPy arrays, it does so on the current device."""
+    return Device.of(X) if is_array(X) else nullcontext()
 
 
 def _first(model: Any) -> Linear:
@@ -351,8 +358,9 @@ class LinearNetClassifier(ClassifierMixin, _LinearNet):  # type: ignore[misc]
         return self._continue(X, y, classes)
 
     def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Array, Array]:
-        X, y = validate_data(self, X, y, reset=reset)
-        check_classification_targets(y)
+        with _where(X):
+            X, y = validate_data(self, X, y, reset=reset)
+            check_classification_targets(y)
         return X, y
 
     def _look_at(self, y: Any) -> None:
@@ -385,6 +393,11 @@ class LinearNetClassifier(ClassifierMixin, _LinearNet):  # type: ignore[misc]
             if _is_text(self.classes_):
                 return self.classes_[place.to_numpy(ids)]
             return xp.take(place.asarray(self.classes_), ids)
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The share of the samples that `predict` gets right."""
+        with _where(X):
+            return float(super().score(X, y, sample_weight))
 
     def predict_proba(self, X: Any) -> Array:
         """The probability of each class, `(n_samples, n_classes)`, in the order of `classes_`: the outputs' softmax."""
@@ -430,8 +443,9 @@ class LinearNetRegressor(RegressorMixin, _LinearNet):  # type: ignore[misc]
         return self._continue(X, y)
 
     def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Array, Array]:
-        validated: tuple[Array, Array] = validate_data(self, X, y, reset=reset, multi_output=True, y_numeric=True)
-        return validated
+        with _where(X):
+            X, y = validate_data(self, X, y, reset=reset, multi_output=True, y_numeric=True)
+        return X, y
 
     def _look_at(self, y: Array) -> None:
         self._target_shape = tuple(y.shape[1:])
@@ -448,6 +462,11 @@ class LinearNetRegressor(RegressorMixin, _LinearNet):  # type: ignore[misc]
     def _scorer(self, held: Host) -> Any:
         variance = float(held.var(axis=0).mean()) or 1.0
         return lambda row: 1 - row["validation_loss"] / variance
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The coefficient of determination of `predict`, averaged over the targets."""
+        with _where(X):
+            return float(super().score(X, y, sample_weight))
 
     def predict(self, X: Any) -> Array:
         """The target of each sample, `(n_samples,)` or `(n_samples, n_targets)`, as `y` was."""
