@@ -156,7 +156,7 @@ class _MPI(Group):
         self._session = 0  # its number, and the tag of the messages about it
         self._joined = 0  # how many collective operations of it this rank has joined
         self._news: dict[int, tuple[int, tuple[int, ...], str]] = {}  # what ranks that stop have said
-        self._kept: list[Any] = []  # messages on their way
+        self._kept: list[Any] = []  # messages on their way, and what was left unfinished
         self._staging: dict[tuple[int, str], Any] = {}
         self._said = False
 
@@ -206,10 +206,15 @@ class _MPI(Group):
             self._comm = None
             self._news.clear()
 
-    def _complete(self, request: Any) -> None:
+    def _complete(self, request: Any, *buffers: Any) -> None:
         """Wait for a collective operation that this rank has just joined."""
         self._joined += 1
-        self._wait(request.Test, self._joined)
+        try:
+            self._wait(request.Test, self._joined)
+        except BaseException:
+            self._kept.append((request, buffers))  # MPI may still write to them, and mpi4py does not keep them
+            self._staging.clear()
+            raise
 
     def _wait(self, done: Callable[[], bool], number: int) -> None:
         """Wait until it is done. Raises `RankError` when another rank stops, and `_Late` after `timeout`.
@@ -269,9 +274,10 @@ class _MPI(Group):
     def exchange(self, value: Any) -> list[Any]:
         mine = np.frombuffer(pickle.dumps(value), np.uint8)
         sizes = np.empty(self.size, np.int64)
-        self._complete(self._comm.Iallgather(np.asarray([mine.size]), sizes))
+        size = np.asarray([mine.size])
+        self._complete(self._comm.Iallgather(size, sizes), size, sizes)
         everyone = np.empty(int(sizes.sum()), np.uint8)
-        self._complete(self._comm.Iallgatherv(mine, [everyone, sizes]))
+        self._complete(self._comm.Iallgatherv(mine, [everyone, sizes]), mine, everyone, sizes)
         return [pickle.loads(part.tobytes()) for part in np.split(everyone, np.cumsum(sizes)[:-1])]
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -307,17 +313,17 @@ class _MPI(Group):
         if place.kind != "cuda":
             host = place.to_numpy(x)
             host = host if host.flags.writeable else host.copy()
-            self._complete(self._comm.Iallreduce(self.MPI.IN_PLACE, host))
+            self._complete(self._comm.Iallreduce(self.MPI.IN_PLACE, host), host)
             return place.asarray(host), float(host[-1])
         if self.device_buffers:
             import cupy
 
             cupy.cuda.get_current_stream().synchronize()  # MPI knows no streams, and would send what is not there yet
-            self._complete(self._comm.Iallreduce(self.MPI.IN_PLACE, x))
+            self._complete(self._comm.Iallreduce(self.MPI.IN_PLACE, x), x)
             return x, float(x[-1])
         host = self._pinned(x)
         x.get(out=host)  # which waits for the stream
-        self._complete(self._comm.Iallreduce(self.MPI.IN_PLACE, host))
+        self._complete(self._comm.Iallreduce(self.MPI.IN_PLACE, host), host)
         x.set(host)
         return x, float(host[-1])
 

@@ -467,6 +467,7 @@ def test_sigterm_to_mpiexec_stops_all_ranks_after_a_step(tmp_path):
             break
     if b"Open MPI" in subprocess.run([MPIEXEC, "--version"], capture_output=True, check=False).stdout:
         process.kill()
+        process.communicate()
         pytest.skip("Open MPI's mpiexec kills its ranks at once instead")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=BOUND)
