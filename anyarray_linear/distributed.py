@@ -88,6 +88,7 @@ class Group:
         """Loss and gradients summed over the ranks, and whether any rank wants to stop.
 
         value: a 0-d array, the loss of this rank's rows times their part of the batch's. gradients: likewise, by name.
+        What is returned holds until the next call.
         """
         return value, gradients, wants_stop
 
@@ -294,11 +295,11 @@ class _MPI(Group):
             flag = xp.full((1,), float(wants_stop), dtype=exact, device=Device.of(first).native)
             tail = [xp.astype(xp.reshape(value, (1,)), exact, copy=False), flag]
             if self.half or exact != first.dtype:  # the loss keeps its precision, at the price of a second, small message
-                flat, _ = self._summed(xp.astype(xp.concat(packed), xp.float16, copy=False), False)
+                flat, _ = self._summed(xp.astype(self._packed(xp, packed), xp.float16, copy=False), False)
                 flat = xp.astype(flat, first.dtype, copy=False)
                 last, stop = self._summed(xp.concat(tail), True)
             else:
-                flat, stop = self._summed(xp.concat([*packed, *tail]), True)
+                flat, stop = self._summed(self._packed(xp, [*packed, *tail]), True)
                 last = flat[-2:]
             summed, start = {}, 0
             for name, dW in gradients.items():
@@ -306,6 +307,15 @@ class _MPI(Group):
                 summed[name] = xp.reshape(flat[start : start + size], dW.shape)
                 start += size
             return xp.astype(xp.reshape(last[:1], ()), value.dtype, copy=False), summed, stop > 0
+
+    def _packed(self, xp: Any, arrays: list[Array]) -> Array:
+        """All in one array; on NumPy in the same memory each step, as fresh pages cost more than the copying."""
+        if not isinstance(arrays[0], np.ndarray):
+            return xp.concat(arrays)
+        key = sum(x.size for x in arrays), arrays[0].dtype.char
+        if key not in self._staging:
+            self._staging[key] = np.empty(*key)
+        return np.concatenate(arrays, out=self._staging[key])
 
     def _summed(self, x: Array, flagged: bool) -> tuple[Array, float]:
         """`x`, which is ours to write to, summed over all ranks, and its last element, of use if that is the flag."""

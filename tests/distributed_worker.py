@@ -293,10 +293,12 @@ class Scenarios:
         self.group.half = True
         result["half"] = self.deep(model=deep_model().to(device, "float32"), epochs=1)
         self.group.half = False
-        place = "cuda:3" if self.rank == 0 else device
-        result["other device"] = told(lambda: self.deep(model=deep_model().to(place)))
         result["calls"] = fake.calls
         return result
+
+    def nccl_elsewhere(self):
+        """After `nccl`: rank 0 computes on a device that is not the one of its communicator."""
+        return told(lambda: self.deep(model=deep_model().to("cuda:3" if self.rank == 0 else self.group.device("cuda"))))
 
     def linear_on_device(self):
         model = linear_model("float64", self.group.device("cuda"))
