@@ -29,7 +29,7 @@ from anyarray_linear.datasets import load_digits, split
 from anyarray_linear.testing import usable_devices
 
 ROOT = Path(__file__).parents[1]
-FILES = {"config.json", "model.safetensors", "history.jsonl", "curves.png", "summary.json"}
+FILES = {"config.json", "model.safetensors", "history.jsonl", "curves.png", "report.html", "summary.json"}
 SMALL = ("--hidden", "16", "--device", "cpu")
 
 
@@ -526,7 +526,7 @@ def test_two_signals_leave_nothing_half_written(tmp_path: Path) -> None:
 
 def test_run_that_finished_no_epoch_has_its_files_too(tmp_path: Path) -> None:
     model = anyarray_linear.Linear(2, 2, seed=0)
-    _results.write_results(tmp_path, model, {}, [], {"train": {"loss": float("inf")}})
+    _results.write_results(tmp_path, model, {}, [], {"train": {"loss": float("inf")}}, "")
     assert (tmp_path / "history.jsonl").read_bytes() == b""
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert loads(tmp_path / "summary.json") == {"train": {"loss": None}}

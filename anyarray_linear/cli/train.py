@@ -19,6 +19,7 @@ from ..checkpoint import checkpoints
 from ..losses import MeanSquaredError
 from ..training import evaluate, fit
 from ._common import StopSignals
+from ._report import Norms, report
 from ._results import FILES, show, write_json, write_results
 from ._run import LR, Run, bad, prepare
 
@@ -95,7 +96,8 @@ def train(
     your file: classes or numbers, whichever its target has.
 
     The folder gets `model.safetensors` (PyTorch reads it too), `summary.json` (loss and accuracy on training, validation
-    and test samples), `history.jsonl` (a line per epoch), `curves.png`, `config.json`, and `checkpoints` to resume from.
+    and test samples), `report.html` (a page to look at), `history.jsonl` (a line per epoch), `curves.png`, `config.json`,
+    and `checkpoints` to resume from.
     Features are scaled while training only: the saved model contains the scaling, and takes your data as it is. Ctrl-C
     ends training after the step at hand; all files are written then too.
 
@@ -210,10 +212,11 @@ def _train(run: Run, options: Any, folder: Path, stop: StopSignals) -> None:
     print(f"{options.data or 'digits'}: {counts} samples; {run.device}: {run.device.reason}", flush=True)
 
     X, y = run.scaled("train")
-    rows_now = []
+    rows_now, norms = [], Norms(run, X, y)
 
     def score(model: Any, row: dict[str, Any]) -> None:
         rows_now.append(row)
+        row.update(norms(model))
         if run.classes is not None:
             row["accuracy"] = evaluate(model, X[:_SCORED_ROWS], y[:_SCORED_ROWS], loss=run.loss)["accuracy"]
 
@@ -243,5 +246,7 @@ def _train(run: Run, options: Any, folder: Path, stop: StopSignals) -> None:
     summary = {"device": str(run.device), "seconds": round(seconds, 3), **scores}
     if history.interrupted:
         summary |= {"interrupted": True, "epochs": len(history.rows)}
-    write_results(folder, model, {"classes": run.classes, "features": run.features}, history.rows, summary)
+    metadata = {"classes": run.classes, "features": run.features}
+    page = report(run, model, folder, config, history.rows, summary)
+    write_results(folder, model, metadata, history.rows, summary, page)
     show(folder, summary)
