@@ -11,6 +11,7 @@ import typer
 from .. import __version__
 from .bench import bench
 from .devices import devices
+from .explain import explain
 from .predict import predict
 from .train import train
 from .verify import verify
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, predict, devices, verify, bench):
+for command in (train, predict, devices, verify, bench, explain):
     app.command()(command)
 
 
