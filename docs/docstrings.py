@@ -8,7 +8,7 @@ from typing import Any
 import griffe
 
 _DOCTEST = re.compile(r"^(>>> .*?)(?=\n[ \t]*\n|\Z)", re.M | re.S)
-_ARGUMENT = re.compile(r"^([A-Za-z_]\w*(?:, \w+)*): (?=\S)", re.M)
+_ARGUMENT = re.compile(r"(?:^|(?<=\.)[ ])([A-Za-z_]\w*(?:, \w+)*): (?=\S)", re.M)
 
 
 def markdown(text: str) -> str:
@@ -23,7 +23,7 @@ def _listed(text: str) -> str:
     for i, paragraph in enumerate(paragraphs):
         if found := _ARGUMENT.search(paragraph):
             before, after = paragraph[: found.start()], paragraph[found.start() :]
-            paragraphs[i] = before + "\n" * bool(before) + _ARGUMENT.sub(r"- `\1`: ", after)
+            paragraphs[i] = before + "\n" * bool(before) + _ARGUMENT.sub(r"\n- `\1`: ", after).lstrip()
     return "\n\n".join(paragraphs)
 
 
