@@ -15,11 +15,9 @@ What it answers:
 from __future__ import annotations
 
 import atexit
-import hashlib
-import logging
 import os
 import pickle
-import socket
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -109,7 +107,7 @@ class Group:
         if device.kind != "cuda":
             return
         card = doctor.load_cupy().cuda.runtime.getDeviceProperties(device.index)["uuid"], device.native.pci_bus_id
-        everyone = self.exchange((socket.gethostname(), card))
+        everyone = self.exchange((platform.node(), card))
         both = tuple(rank for rank, theirs in enumerate(everyone) if theirs == everyone[self.rank])
         if len(both) > 1:
             raise RankError(
@@ -152,7 +150,7 @@ class _MPI(Group):
         self.rank, self.size = self.base.rank, self.base.size
         self.local_rank = self.base.Split_type(self.MPI.COMM_TYPE_SHARED).rank
         self.device_buffers = self._takes_device_buffers() if device_buffers is None else bool(device_buffers)
-        self.places = self.base.allgather((socket.gethostname(), os.getpid()))
+        self.places = self.base.allgather((platform.node(), os.getpid()))
         self._comm: Any = None  # of what is running now: what a failure leaves unfinished must not meet what comes later
         self._session = 0  # its number, and the tag of the messages about it
         self._joined = 0  # how many collective operations of it this rank has joined
@@ -342,6 +340,8 @@ class _MPI(Group):
         import cupyx
 
         if not self._said and self.rank == 0:
+            import logging
+
             logging.getLogger(__name__).warning(
                 "%s does not say that it is CUDA-aware, so gradients go through host memory; "
                 "if it is, set ANYARRAY_MPI_CUDA=1",
@@ -469,6 +469,8 @@ def adopt(model: Any, optimizer: Any, sent: Mapping[str, Any]) -> None:
 
 def digest(model: Any, optimizer: Any, *more: Any) -> str:
     """The SHA-256 of weights, optimizer and whatever else has to be equal on all ranks."""
+    import hashlib
+
     state = snapshot(model, optimizer)
     found = hashlib.sha256(repr((state["optimizer"]["steps"], more)).encode())
     for name, W in state["weights"].items():
