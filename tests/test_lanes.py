@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -83,7 +85,7 @@ def train(optimizer, dtype, steps=20, where=None, hidden=300):
     return model
 
 
-@pytest.mark.parametrize(("pack", "block"), [(1 << 16, 1 << 17), (1000, 1000), (1, 1 << 17)], ids=["one", "many", "each"])
+@pytest.mark.parametrize(("pack", "block"), [(1 << 20, 1 << 20), (1000, 1000), (1, 1 << 17)], ids=["one", "many", "each"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_update_in_place_to_the_same_bits(name, dtype, pack, block, monkeypatch):
     monkeypatch.setattr(numpy_lane, "PACK", pack)
@@ -101,6 +103,32 @@ def test_optimizers_update_in_place_to_the_same_bits(name, dtype, pack, block, m
     for key, moments in mine.state_dict()["moments"].items():
         for m, moment in moments.items():
             np.testing.assert_array_equal(moment, theirs.state_dict()["moments"][key][m])
+
+
+@pytest.mark.parametrize(("sizes", "batch"), [((784, 256, 10), 128), ((784, 1024, 1024, 10), 256), ((1024, 4096, 1024), 64)])
+def test_a_training_step_needs_little_memory_beside_what_it_works_on(sizes, batch):
+    X, y = random(batch, sizes[0]), np.arange(batch) % 10
+    pairs = list(itertools.pairwise(sizes))
+    model = Sequential(*[each for n, m in pairs for each in (Linear(n, m, dtype="float32", seed=0), ReLU())][:-1])
+    loss, optimizer = SoftmaxCrossEntropy(), Adam()
+
+    def step():
+        Z, caches = model.forward(X)
+        _, cache = loss.forward(Z, y)
+        _, gradients = model.gradients(loss.backward(cache), caches, needs_dX=False)
+        optimizer.step(model, gradients)
+
+    step()  # parameters move into the optimizer's buffers
+    parameters = sum(p.nbytes for p in model.parameters().values())
+    tracemalloc.start()
+    try:
+        step()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    activations = 4 * batch * sum(sizes[1:])
+    # parameters and two moments were there before; the step itself adds gradients and activations
+    assert 3 * parameters + peak <= 1.15 * (4 * parameters + activations)
 
 
 def test_large_models_are_updated_by_several_threads(monkeypatch):

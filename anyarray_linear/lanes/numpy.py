@@ -31,7 +31,7 @@ np.empty((1 << 25) - (1 << 13), np.uint8)
 BLOCK_BYTES = 1 << 20
 """How much of `X` and `dZ` together makes a block: what stays in the second-level cache of today's cores."""
 
-PACK = 1 << 16
+PACK = 1 << 14
 """Neighbouring parameters of up to so many elements together are updated by one call for all of them."""
 BLOCK = 1 << 17
 """Elements updated at a time. With smaller blocks, threads spend more time on handing each other the interpreter than the
@@ -181,18 +181,20 @@ def apply(
         return None
     if optimizer.clip_norm is not None:
         gradients = clipped(gradients, optimizer.clip_norm)
-    if flat.W.size <= BLOCK and flat.W.size <= PACK:  # the usual case of a small model, without what only large ones need
+    if flat.W.size <= min(PACK, BLOCK):  # the usual case of a small model, without what only large ones need
         ((W, dW, moments),) = _pieces(flat, gradients)
         rule(optimizer, W, dW, moments, np.empty_like(dW), lr, optimizer.steps)
         return None
+    cores = min(_cores(), flat.W.size // (2 * BLOCK))
+    size = BLOCK if cores > 1 else BLOCK // 2  # one thread alone needs no more, and less scratch memory
     blocks = [
-        (W[i : i + BLOCK], dW[i : i + BLOCK], [moment[i : i + BLOCK] for moment in moments])
+        (W[i : i + size], dW[i : i + size], [moment[i : i + size] for moment in moments])
         for W, dW, moments in _pieces(flat, gradients)
-        for i in range(0, W.size, BLOCK)
+        for i in range(0, W.size, size)
     ]
 
     def update() -> None:
-        scratch = np.empty(min(BLOCK, flat.W.size), flat.W.dtype)
+        scratch = np.empty(min(size, flat.W.size), flat.W.dtype)
         with suppress(IndexError):  # when none is left
             while True:
                 W, dW, moments = blocks.pop()
@@ -200,7 +202,7 @@ def apply(
 
     # threads take the next block when they are done with one: a BLAS thread that still spins after its last product takes up
     # to half of a core from one of them
-    _on_cores(update, min(_cores(), len(blocks) // 2) if len(blocks) > 3 else 1)
+    _on_cores(update, cores)
     return None
 
 
