@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import doctor
-from ._arrays import Array, computing_on, dtype_name
+from ._arrays import Array, computing_on, describe, dtype_name, is_array
 from .device import Device, DeviceUnavailableError, select_device
 from .linear import Linear
 from .protocol import leaves, parameters
@@ -217,21 +217,31 @@ def compare(layer: Linear, X: Array, dZ: Array, device: Any = None, *, sharp: bo
     """Every output of `layer` for `X` and `dZ`, computed on `device`, against the float64 reference.
 
     layer, X, dZ, sharp: as in `assert_equivalent`. device: a `Device` or what `select_device` takes; by default the
-    layer's own. Nothing is raised for a wrong result: each `Agreement` has its `complaint`.
+    layer's own. Nothing is raised for a wrong, missing or unknown result: each `Agreement` has its `complaint`.
     """
     place = layer.device if device is None else select_device(device)
     layer = layer.to(place)
     dtype = dtype_name(layer.dtype)
     tf32 = _in_tf32(place, dtype)
     expected = _host_products(X, layer.W, layer.b, dZ, tf32=tf32)
+    if layer.b is None:
+        del expected["db"]
     Z, cache = layer.forward(place.asarray(X, dtype))
     dX, gradients = layer.gradients(place.asarray(dZ, dtype), cache)
     outputs = {"Z": Z, "dX": dX, **{f"d{p}": gradient for p, gradient in gradients.items()}}
-    return [_agreement(name, outputs[name], expected[name], place, sharp) for name in expected if name in outputs]
+    found = [_agreement(name, outputs.pop(name, None), expected[name], place, sharp) for name in expected]
+    unknown = [f"{name} on {place} ({dtype}) is no output of a layer with these parameters" for name in outputs]
+    return found + [
+        Agreement(str(place), dtype, name, (), math.inf, math.inf, complaint)
+        for name, complaint in zip(outputs, unknown, strict=True)
+    ]
 
 
-def _agreement(name: str, x: Array, product: _Product, place: Device, sharp: bool) -> Agreement:
+def _agreement(name: str, x: Array | None, product: _Product, place: Device, sharp: bool) -> Agreement:
     wanted, where = product.value.shape, f"on {place} ({product.dtype})"
+    if x is None or not is_array(x):
+        complaint = f"{name} {where} is {'missing' if x is None else describe(x)}, but must be an array of shape {wanted}"
+        return Agreement(str(place), product.dtype, name, wanted, math.inf, math.inf, complaint)
     found = Device.of(x)
     if tuple(x.shape) != wanted or dtype_name(x.dtype) != product.dtype or found != place:
         was = f"{dtype_name(x.dtype)} of shape {tuple(x.shape)} on {found}"
@@ -296,7 +306,7 @@ def gradcheck(
     gradient; by default `1e-12` for a `Linear` and `1e-6` for others. seed: of the directions.
 
     Returns the relative error by operand: `{"X": ..., "W": ..., "b": ...}`.
-    Raises `AssertionError` for a wrong gradient; `ValueError` if the function has a kink at this very point.
+    Raises `AssertionError` for a gradient that is wrong, missing or of another shape; `ValueError` if the function has a kink at this very point.
 
     >>> import numpy as np
     >>> from anyarray_linear import Linear
@@ -310,15 +320,21 @@ def gradcheck(
     Z, cache = layer.forward(X)
     dZ = place.asarray(rng.standard_normal(Z.shape) if dZ is None else dZ, "float64")
     dX, gradients = layer.gradients(dZ, cache)
-    Z_host, dZ_host, values = _host(Z), _host(dZ), parameters(layer)
-    errors, complaints = {}, []
-    for name, gradient in {"X": dX, **gradients}.items():
-        V_host = rng.standard_normal(gradient.shape)
+    Z_host, dZ_host, values = _host(Z), _host(dZ), {"X": X, **parameters(layer)}
+    found = {"X": dX, **gradients}
+    errors, complaints = {}, [f"d{name} is the gradient of no parameter" for name in found if name not in values]
+    for name, value in values.items():
+        gradient = found.get(name)
+        if gradient is None or gradient.shape != value.shape:
+            was = "missing" if gradient is None else f"of shape {tuple(gradient.shape)}"
+            complaints.append(f"d{name} is {was}, but must have the shape of {name}, {tuple(value.shape)}")
+            continue
+        V_host = rng.standard_normal(value.shape)
         V = place.asarray(V_host)
 
         def output(step: float, name: str = name, V: Array = V) -> Host:
             with computing_on(V):
-                moved = (X if name == "X" else values[name]) + step * V
+                moved = values[name] + step * V
             if name == "X":
                 return _host(layer(moved))
             return _host(_with_parameter(layer, name, moved, X))

@@ -207,6 +207,33 @@ def test_wrong_shape_or_dtype_is_never_equivalent():
         assert_equivalent(Wrong.from_arrays(W, b), X, dZ, devices=["cpu"])
 
 
+class Forgetful(Linear):
+    """A layer whose gradients are changed by `change`, a function of `dX` and the dict."""
+
+    change = staticmethod(lambda dX, gradients: (dX, gradients))
+
+    def gradients(self, dZ, cache, *, needs_dX=True):
+        return self.change(*super().gradients(dZ, cache, needs_dX=needs_dX))
+
+
+MISSING_OR_UNKNOWN = [
+    (lambda dX, g: (dX, {"W": g["W"]}), "db", "missing"),
+    (lambda dX, g: (dX, {"b": g["b"]}), "dW", "missing"),
+    (lambda dX, g: (dX, {**g, "W": None}), "dW", "missing"),
+    (lambda dX, g: (None, g), "dX", "missing"),
+    (lambda dX, g: (dX, {**g, "c": g["b"]}), "dc", "no"),
+]
+
+
+@pytest.mark.parametrize(("change", "output", "word"), MISSING_OR_UNKNOWN)
+def test_a_missing_or_unknown_gradient_is_never_equivalent(backend, change, output, word):
+    X, W, b, dZ = operands()
+    layer = Forgetful.from_arrays(backend.asarray(W), backend.asarray(b))
+    layer.change = change
+    with pytest.raises(AssertionError, match=rf"^{output} on [^\n]* {word}[^\n]*$"):
+        assert_equivalent(layer, X, dZ, devices=[backend.device])
+
+
 def test_inputs_are_rounded_to_the_dtype_of_the_layer_before_the_reference_is_computed():
     X, W, b, dZ = operands(dtype="float64")
     layer = Linear.from_arrays(W.astype(np.float32), b.astype(np.float32))
@@ -250,6 +277,23 @@ def test_gradcheck_notices_an_error_of_one_part_in_a_million_in_one_element(outp
     layer = Spoiled.from_arrays(W, b)
     layer.spoil = (output, index, 1e-6)
     with pytest.raises(AssertionError, match=f"^{output} gives the slope [^\n]*$"):
+        gradcheck(layer, X)
+
+
+@pytest.mark.parametrize(("change", "output", "word"), MISSING_OR_UNKNOWN)
+def test_gradcheck_notices_a_missing_or_unknown_gradient(backend, change, output, word):
+    X, W, b, _ = operands(dtype="float64")
+    layer = Forgetful.from_arrays(backend.asarray(W), backend.asarray(b))
+    layer.change = change
+    with pytest.raises(AssertionError, match=rf"^{output} is [^\n]*{word}[^\n]*$"):
+        gradcheck(layer, backend.asarray(X))
+
+
+def test_gradcheck_notices_a_gradient_of_another_shape():
+    X, W, b, _ = operands(dtype="float64")
+    layer = Forgetful.from_arrays(W, b)
+    layer.change = lambda dX, g: (dX, {"W": g["W"], "b": g["b"][0]})
+    with pytest.raises(AssertionError, match=r"^db is of shape \(7,\), but must have the shape of b, \(1, 7\)$"):
         gradcheck(layer, X)
 
 
