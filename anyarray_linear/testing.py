@@ -296,17 +296,20 @@ def gradcheck(
 
     Each of `X` and the parameters is moved along a random direction `V`, a step `h` forth and back, and the change of the
     loss `<dZ, Z>` is compared with `<gradient, V>`. A linear layer is linear in each of `X`, `W` and `b`, so its central
-    difference has no truncation error: `h = 1` is exact to rounding. For other layers `h` is halved from there until
-    halving it once more changes neither slope nor curvature, which is how truncation and kinks show themselves: across
-    a kink, at any distance, the one-sided slopes do not approach each other as `h` shrinks. So a step that would cross
-    the kink of a ReLU is not taken, and an `X` that lies on one is told.
+    difference has no truncation error, and the first `h` is exact to rounding: 1, or for a `Linear` so large that the step
+    changes `Z` by as much as `Z` itself. For other layers `h` is halved from there until halving it once more changes
+    neither slope nor curvature, which is how truncation and kinks show themselves: across a kink the one-sided slopes do not
+    approach each other as `h` shrinks. So a step that would cross the kink of a ReLU is not taken, and an `X` that lies on
+    one, or too near to one for any step, is told. What the rounding of the outputs may make of the slope, `u <|dZ|, |Z|> / h`
+    for one rounding each, is allowed for; where it would hide all else, that is told too.
 
     layer: a layer or container, whose parameters are left as they are. X: its input, on the layer's device. dZ: the
     gradient of the loss by the output, of its shape; by default random. rtol: the allowed error, relative to the norm of the
     gradient; by default `1e-12` for a `Linear` and `1e-6` for others. seed: of the directions.
 
     Returns the relative error by operand: `{"X": ..., "W": ..., "b": ...}`.
-    Raises `AssertionError` for a gradient that is wrong, missing or of another shape; `ValueError` if the function has a kink at this very point.
+    Raises `AssertionError` for a gradient that is wrong, missing or of another shape; `ValueError` if no step is small
+    enough to stay clear of a kink, or large enough to be seen beside the rounding of the outputs.
 
     >>> import numpy as np
     >>> from anyarray_linear import Linear
@@ -340,13 +343,14 @@ def gradcheck(
             return _host(_with_parameter(layer, name, moved, X))
 
         g = _host(gradient)
-        slope = _derivative(output, Z_host, dZ_host, rtol, float(np.linalg.norm(g)), name)
+        h = _step_as_large_as(Z_host, output) if isinstance(layer, Linear) else 1.0
+        slope, rounding = _derivative(output, Z_host, dZ_host, h, rtol, float(np.linalg.norm(g)), name)
         claimed, scale = float(np.sum(g * V_host)), max(abs(slope), float(np.linalg.norm(g)), 1e-300)
         errors[name] = abs(slope - claimed) / scale
-        if not errors[name] <= rtol:
+        if not errors[name] <= rtol + rounding / scale:
             complaints.append(
                 f"d{name} gives the slope {claimed!r} along a random direction, but the central difference is {slope!r}: "
-                f"off by {errors[name]:.3g} of the gradient's norm, where {rtol:.3g} is allowed"
+                f"off by {errors[name]:.3g} of the gradient's norm, where {rtol + rounding / scale:.3g} is allowed"
             )
     if complaints:
         raise AssertionError("\n".join(complaints))
@@ -365,26 +369,45 @@ def _with_parameter(layer: Any, name: str, value: Array, X: Array) -> Array:
         setattr(leaf, p, before)
 
 
-def _derivative(
-    output: Callable[[float], Host], Z: Host, dZ: Host, rtol: float, gradient_norm: float, name: str
-) -> float:
-    """The derivative at 0 of `<dZ, output(t)>`, from the largest step at which it is smooth; `Z` is `output(0)`."""
-
-    def slope_and_bend(h: float) -> tuple[float, float]:
-        ahead, behind = output(h) - Z, Z - output(-h)
-        return float(np.sum(dZ * (ahead + behind))) / (2 * h), float(np.sum(dZ * (ahead - behind))) / h
-
+def _step_as_large_as(Z: Host, output: Callable[[float], Host]) -> float:
+    """A step that changes the output by about as much as the output is; 1 if that does. For functions without a kink."""
     h = 1.0
-    slope, bend = slope_and_bend(h)
-    while h > 2**-22:
-        half_slope, half_bend = slope_and_bend(h / 2)
-        allowed = rtol * max(abs(half_slope), gradient_norm)
+    while h < 2**60 and np.linalg.norm(output(h) - output(-h)) < np.linalg.norm(Z):
+        h *= 2**10
+    return h
+
+
+def _derivative(
+    output: Callable[[float], Host], Z: Host, dZ: Host, h: float, rtol: float, gradient_norm: float, name: str
+) -> tuple[float, float]:
+    """The derivative at 0 of `<dZ, output(t)>`, and its rounding error; `Z` is `output(0)`.
+
+    It is from the largest step, of `h` and its halves, at which the function is smooth.
+    """
+
+    def slope_bend_rounding(h: float) -> tuple[float, float, float]:
+        ahead, behind = output(h), output(-h)
+        slope = float(np.sum(dZ * ((ahead - Z) + (Z - behind)))) / (2 * h)
+        bend = float(np.sum(dZ * ((ahead - Z) - (Z - behind)))) / h
+        # one rounding of each output: enough for the slope, and in the sum over two steps for the bends' difference, too
+        return slope, bend, 8 * 2**-53 * float(np.sum(np.abs(dZ) * (np.abs(ahead) + np.abs(behind)))) / (2 * h)
+
+    slope, bend, rounding = slope_bend_rounding(h)
+    for _ in range(22):
+        half_slope, half_bend, half_rounding = slope_bend_rounding(h / 2)
+        size = max(abs(half_slope), gradient_norm)
+        allowed = rtol * size + rounding + half_rounding
         # smooth: the slope stays and the difference of the one-sided slopes halves with h; across a kink it does not
         if abs(slope - half_slope) <= allowed and abs(bend - 2 * half_bend) <= allowed:
-            return half_slope
-        h, slope, bend = h / 2, half_slope, half_bend
+            if half_rounding <= max(rtol, 1e-6) * size or half_slope == half_bend == 0:
+                return half_slope, half_rounding
+            raise ValueError(
+                f"no step of {name} is small enough for this layer and large enough for float64: at {h / 2:.1g} the rounding of "
+                f"the outputs, up to {float(np.max(np.abs(Z))):.2g}, hides the slope; scale the operands to sizes near 1"
+            )
+        h, slope, bend, rounding = h / 2, half_slope, half_bend, half_rounding
     raise ValueError(
-        f"the layer has a kink at this very {name}: its one-sided slopes stay apart down to steps of {h:.1g}; "
+        f"the layer has a kink at this {name} or within {h:.1g} of it: its one-sided slopes stay apart down to such steps; "
         f"move {name} away from it, for example by 1e-3"
     )
 

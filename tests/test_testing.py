@@ -313,9 +313,38 @@ def test_a_step_never_crosses_a_kink():
     assert gradcheck(ReLU(), X)["X"] < 1e-6
 
 
-def test_a_kink_at_the_very_point_is_told():
-    with pytest.raises(ValueError, match="kink at this very X"):
-        gradcheck(ReLU(), np.asarray([1.0, 0.0, -1.0]))
+@pytest.mark.parametrize("at", [0.0, 1e-9, -1e-9])
+def test_a_kink_at_the_point_or_too_near_to_it_is_told(at):
+    with pytest.raises(ValueError, match=r"kink at this X or within 2e-07 of it"):
+        gradcheck(ReLU(), np.asarray([1.0, at, -1.0]))
+
+
+def test_a_kink_beside_outputs_whose_rounding_hides_it_is_told():
+    with pytest.raises(ValueError, match="no step of X is small enough"):
+        gradcheck(ReLU(), np.asarray([1e12, 1e-3, -1.0]))
+
+
+@pytest.mark.parametrize("scales", [(1e8, 1, 1), (1, 1, 1e8), (1, 1e-8, 1), (1e-8, 1e-8, 1e-8), (1e20, 1, 1), (1, 1, 1e20), (1e6, 0, 1)])
+def test_gradient_of_a_linear_layer_is_exact_to_rounding_at_any_scale(backend, scales):
+    X, W, b, _ = operands(dtype="float64")
+    X, W, b = (x * scale for x, scale in zip((X, W, b), scales, strict=True))
+    layer = Linear.from_arrays(backend.asarray(W), backend.asarray(b))
+    assert max(gradcheck(layer, backend.asarray(X)).values()) < 1e-12
+
+
+@pytest.mark.parametrize("scales", [(1e8, 1, 1), (1, 1, 1e8)])
+@pytest.mark.parametrize("output", ["dX", "dW", "db"])
+def test_gradcheck_notices_a_wrong_element_of_a_linear_layer_at_any_scale(scales, output):
+    X, W, b, _ = operands(dtype="float64")
+    layer = Spoiled.from_arrays(W * scales[1], b * scales[2])
+    layer.spoil = (output, (0, 0), 1e-6 * (scales[0] if output == "dW" else 1))
+    with pytest.raises(AssertionError, match=f"^{output} gives the slope"):
+        gradcheck(layer, X * scales[0])
+
+
+def test_gradcheck_of_a_network_on_large_data_agrees():
+    network = Sequential(Linear(5, 8, seed=0), GELU(), Linear(8, 6, seed=1), ReLU(), Linear(6, 2, seed=2))
+    assert max(gradcheck(network, 1e4 * np.random.default_rng(0).standard_normal((9, 5))).values()) < 1e-6
 
 
 def test_gradcheck_notices_a_wrong_slope_of_a_nonlinear_layer():
