@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import doctor
-from ._arrays import Array, computing_on, describe, dtype_name, is_array
+from ._arrays import Array, check_array, check_shape, computing_on, describe, dtype_name, is_array
 from .device import Device, DeviceUnavailableError, select_device
 from .linear import Linear
 from .protocol import leaves, parameters
@@ -219,6 +219,7 @@ def compare(layer: Linear, X: Array, dZ: Array, device: Any = None, *, sharp: bo
     layer, X, dZ, sharp: as in `assert_equivalent`. device: a `Device` or what `select_device` takes; by default the
     layer's own. Nothing is raised for a wrong, missing or unknown result: each `Agreement` has its `complaint`.
     """
+    _check_operands(layer, X, dZ)
     place = layer.device if device is None else select_device(device)
     layer = layer.to(place)
     dtype = dtype_name(layer.dtype)
@@ -235,6 +236,32 @@ def compare(layer: Linear, X: Array, dZ: Array, device: Any = None, *, sharp: bo
         Agreement(str(place), dtype, name, (), math.inf, math.inf, complaint)
         for name, complaint in zip(outputs, unknown, strict=True)
     ]
+
+
+def _check_operands(layer: Any, X: Array, dZ: Array | None = None) -> None:
+    """Raise unless `layer` is a `Linear`, and `X` and `dZ` are arrays that fit it and say something."""
+    if not isinstance(layer, Linear):
+        raise TypeError(
+            f"layer is a {type(layer).__name__}, but the bounds are those of a Linear; "
+            "check each Linear of a container by itself, and anything else with gradcheck"
+        )
+    given = {"X": X, "dZ": dZ, "W": layer.W, "b": layer.b}
+    for name, x in given.items():
+        if x is None:
+            continue
+        check_array(name, x)
+        if name == "X" and (x.ndim == 0 or x.shape[-1] != layer.in_features):
+            raise ValueError(f"X has shape {tuple(x.shape)} but its last axis must be in_features = {layer.in_features}")
+        if name == "dZ":
+            check_shape(name, x, (*X.shape[:-1], layer.out_features), "the shape of Z for this X")
+        _check_finite(name, x, dtype_name(layer.dtype))
+
+
+def _check_finite(name: str, x: Array, dtype: str) -> None:
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(_host(x, dtype)).all()
+    if not finite:
+        raise ValueError(f"{name} has a value that is NaN or infinite in {dtype}, so nothing would be proven; give finite ones")
 
 
 def _agreement(name: str, x: Array | None, product: _Product, place: Device, sharp: bool) -> Agreement:
@@ -277,8 +304,11 @@ def assert_equivalent(
     sharp: hold the results to the sharp gate too, which is for seeded random data.
 
     Returns one `Agreement` per output and device, which says what share of each bound was used.
-    Raises `AssertionError`, which says which output, on which device, where, and by how much.
+    Raises `AssertionError`, which says which output, on which device, where, and by how much; `TypeError` or `ValueError` for
+    a layer that is no `Linear`, operands that do not fit it, and operands with NaN or infinity, for which there is no bound.
     """
+    if isinstance(devices, (str, Device)):
+        raise TypeError(f"devices is {str(devices)!r}, which is one; give a list: devices=[{str(devices)!r}]")
     devices = usable_devices(layer.dtype) if devices is None else list(devices)
     if not devices:
         raise ValueError("devices is empty, so nothing would be compared; name at least one")
@@ -318,6 +348,7 @@ def gradcheck(
     (['X', 'W', 'b'], True)
     """
     rtol = (1e-12 if isinstance(layer, Linear) else 1e-6) if rtol is None else rtol
+    _check_finite("X", X, "float64")
     rng, place = np.random.default_rng(seed), Device.of(X)
     layer, X = layer.to(dtype="float64"), place.asarray(X, "float64")
     Z, cache = layer.forward(X)
@@ -425,6 +456,7 @@ def adjoint_check(layer: Linear, X: Array, *, sharp: bool = False, seed: int = 0
     Returns the share of the allowed difference that was used: `{"X": ..., "W": ..., "b": ...}`.
     Raises `AssertionError` if one is over.
     """
+    _check_operands(layer, X)
     dtype, place, rng = dtype_name(layer.dtype), layer.device, np.random.default_rng(seed)
     tf32 = _in_tf32(place, dtype)
 

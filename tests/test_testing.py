@@ -246,6 +246,42 @@ def test_no_devices_is_an_error_and_not_a_success():
         assert_equivalent(Linear.from_arrays(W, b), X, dZ, devices=[])
 
 
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, 1e39])
+@pytest.mark.parametrize("name", ["X", "W", "b", "dZ"])
+def test_operands_that_are_not_finite_in_the_dtype_of_the_layer_are_refused(backend, name, bad):
+    arrays = dict(zip(("X", "W", "b", "dZ"), operands(dtype="float64"), strict=True))
+    arrays[name][0, 0] = bad
+    with np.errstate(over="ignore"):
+        W, b = (backend.asarray(arrays[p].astype("float32")) for p in ("W", "b"))
+    layer, X, dZ = Linear.from_arrays(W, b), arrays["X"], arrays["dZ"]
+    for check in (compare, lambda *operands: assert_equivalent(*operands, devices=[backend.device])):
+        with pytest.raises(ValueError, match=f"^{name} has a value that is NaN or infinite in float32"):
+            check(layer, X, dZ)
+    if name == "X" and not bad == 1e39:
+        with pytest.raises(ValueError, match="^X has a value that is NaN or infinite in float64"):
+            gradcheck(layer, backend.asarray(X))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"devices": "cpu"}, TypeError, r"devices is 'cpu', which is one; give a list: devices=\['cpu'\]"),
+        ({"layer": Sequential(Linear(40, 7))}, TypeError, "layer is a Sequential"),
+        ({"layer": ReLU()}, TypeError, "layer is a ReLU"),
+        ({"X": np.ones((6, 41))}, ValueError, "X has shape .* in_features = 40"),
+        ({"X": np.float64(1)}, ValueError, "X has shape .* in_features = 40"),
+        ({"dZ": np.ones((6, 8))}, ValueError, "dZ has shape .* must have"),
+        ({"dZ": np.ones((7, 6))}, ValueError, "dZ has shape .* must have"),
+        ({"dZ": [[1.0]]}, TypeError, "dZ is a list"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_by_name(change, error, words):
+    X, W, b, dZ = operands()
+    arguments = {"layer": Linear.from_arrays(W, b), "X": X, "dZ": dZ, "devices": ["cpu"], **change}
+    with pytest.raises(error, match=words):
+        assert_equivalent(**arguments)
+
+
 def test_default_devices_are_the_cpu_and_every_cuda_device():
     devices = usable_devices()
     assert str(devices[0]) == "cpu"
