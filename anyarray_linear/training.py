@@ -50,6 +50,9 @@ class StopFlag(Protocol):
 class NonFiniteError(FloatingPointError):
     """Training ended because a loss or gradient was NaN or infinite; the weights are those from before that step.
 
+    Or because the parameters themselves were, at the end of an epoch: a step with a finite gradient had overflowed. Then they
+    are lost, unless there is a checkpoint.
+
     step: the step, counted from 1 over the whole training. history: the `History` up to there.
     """
 
@@ -361,8 +364,8 @@ def fit(
     Returns the `History`; `interrupted` is true when Ctrl-C or the stop flag ended training.
 
     Raises, before anything is trained, `TypeError` or `ValueError` for arguments that do not fit, NaN or infinite data and
-    class ids out of range. Raises `NonFiniteError` at the end of the epoch in which a loss or gradient was NaN or infinite;
-    that step and all after it were not applied. With a group, raises `distributed.RankError` on every rank when another one
+    class ids out of range. Raises `NonFiniteError` at the end of the epoch, or where training is stopped within it, in which a
+    loss or gradient was NaN or infinite; that step and all after it were not applied. So it does where a parameter is. With a group, raises `distributed.RankError` on every rank when another one
     fails, falls silent or differs.
 
     >>> import numpy as np
@@ -430,6 +433,7 @@ def fit(
                     raise
                 run.history.interrupted = True
             if run.history.interrupted:
+                run.judge()
                 saver.save()
     return run.history
 
@@ -549,10 +553,7 @@ class _Run:
     def finish_epoch(self) -> Row:
         """Read what the device summed, validate, and close the epoch's row."""
         began = time.perf_counter()
-        total, rows, bad, fatal = self.guard.read()
-        if fatal:
-            self._raise(fatal)
-        self.history.skipped = bad
+        total, rows = self.judge()
         row: Row = {
             "epoch": self.epoch + 1,
             "steps": self.step,
@@ -568,6 +569,29 @@ class _Run:
         self.guard.start_epoch()
         return row
 
+    def judge(self) -> tuple[float, int]:
+        """Read what the device summed, the loss and its rows; raise `NonFiniteError` if something was not finite."""
+        total, rows, bad, fatal = self.guard.read()
+        self.history.skipped = bad
+        if fatal:
+            self._raise(fatal)
+        if wrong := self.overflowed():
+            raise NonFiniteError(
+                f"after step {self.step} (epoch {self.epoch + 1}) {', '.join(wrong)} are not finite, though loss and gradients "
+                "were: the update itself overflowed. The weights are lost, but not a checkpoint from before. "
+                f"Lower the learning rate, which was {self.optimizer.learning_rate(max(0, self.optimizer.steps - 1))}",
+                self.step,
+                self.history,
+            )
+        return total, rows
+
+    def overflowed(self) -> list[str]:
+        """The names of the parameters that are not finite; read from the device all at once."""
+        found = parameters(self.model)
+        with computing_on(next(iter(found.values()))) as xp:
+            finite = xp.stack([xp.all(xp.isfinite(W)) for W in found.values()])
+        return [name for name, good in zip(found, self.data.device.to_numpy(finite), strict=True) if not good]
+
     def _raise(self, fatal: int) -> None:
         """Name what was wrong in step `fatal`: the weights are as they were before it, so it can be looked at again."""
         batch = (fatal - 1) % self.steps_per_epoch
@@ -578,7 +602,8 @@ class _Run:
         raise NonFiniteError(
             f"step {fatal} (epoch {self.epoch + 1}, batch {batch + 1} of {self.steps_per_epoch}) gave a loss of "
             f"{float(self.data.device.to_numpy(value))} and gradients that are not finite for "
-            f"{', '.join(wrong) or 'no parameter'}; the weights are as they were before that step. "
+            f"{', '.join(wrong) or 'no parameter'}; the weights are as they were before that step"
+            f"{', which found them not finite itself: the update before it overflowed' if self.overflowed() else ''}. "
             "Lower the learning rate, clip the gradients (clip_norm=1.0), or scale the data",
             fatal,
             self.history,
@@ -680,7 +705,7 @@ class _Saver:
         from .checkpoint import save_checkpoint
 
         state = self.run.state()
-        if not state["guard"]["fatal"]:
+        if not state["guard"]["fatal"] and not self.run.overflowed():
             state["best"] = self.best
             save_checkpoint(self.folder, self.run.model, self.run.optimizer, state=state, best=best)
 

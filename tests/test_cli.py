@@ -369,6 +369,33 @@ def test_a_loss_that_is_not_finite_names_its_step_and_leaves_no_folder(run: Call
     assert not Path("out").exists()
 
 
+def test_a_loss_that_is_not_finite_is_told_when_a_signal_comes_in_the_same_epoch(
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, forward = [], anyarray_linear.Linear.forward
+
+    def watched(self: Any, X: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 20:  # two layers: step 10
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, X)
+
+    monkeypatch.setattr(anyarray_linear.Linear, "forward", watched)
+    outcome = run("train", "--optimizer", "sgd", "--lr", "1e30", "--out", "out", *SMALL)
+    assert_refused(outcome, "step 2 (epoch 1, batch 2 of 41)")
+    assert "go on" not in outcome.out
+    assert not Path("out").exists()
+
+
+def test_a_model_whose_outputs_overflow_is_no_success(run: Callable[..., Outcome]) -> None:
+    # one step, whose loss, gradient and weights are finite
+    options = ("--optimizer", "sgd", "--lr", "1e25", "--epochs", 1, "--batch-size", 5000)
+    outcome = run("train", *options, "--out", "out", *SMALL)
+    assert_refused(outcome, "train, validation, test", "not finite", "--lr")
+    assert not Path("out/model.safetensors").exists()
+    assert not Path("out/summary.json").exists()
+
+
 def test_folder_with_a_run_is_only_replaced_on_request_and_nothing_else_in_it(run: Callable[..., Outcome]) -> None:
     assert run("train", "--out", "out", "--epochs", 2, *SMALL).code == 0
     files = [Path("out/notes.txt"), Path("out/checkpoints/mine.safetensors")]

@@ -21,6 +21,7 @@ from anyarray_linear import (
     SoftmaxCrossEntropy,
     evaluate,
     fit,
+    load_checkpoint,
     predict,
 )
 from anyarray_linear.schedules import cosine
@@ -357,6 +358,51 @@ def test_a_gradient_whose_sum_overflows_is_still_finite():
     fit(model, X, y, loss=MeanSquaredError(), optimizer=SGD(1e-38), epochs=1, progress=False)
     assert np.isfinite(model.W).all()
     assert (model.W != 0).all()
+
+
+@pytest.mark.parametrize("interrupt", ["flag", "ctrl-c"])
+def test_a_bad_step_is_told_when_training_is_stopped_later_in_its_epoch(backend, interrupt, tmp_path):
+    X, _ = problem()
+    flag, seen = threading.Event(), []
+    stop = flag.set if interrupt == "flag" else lambda: signal.raise_signal(signal.SIGINT)
+    model = Sequential(Watch(lambda X: seen.append(1) or (len(seen) == 7 and stop())), *network(backend))
+    before_it = network(backend)
+    options = {"optimizer": SGD(0.1), "batch_size": 16, "progress": False}
+    with pytest.raises(NonFiniteError, match=r"step 6 \(epoch 2, batch 2 of 4\)") as raised:
+        fit(model, X, X[:, :3].copy(), loss=SpoiledLoss({6}), epochs=3, stop=flag, checkpoint=tmp_path, **options)
+    assert raised.value.step == 6
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2  # of epoch 1, and the best: that of the stopped epoch is not saved
+    flag, count = threading.Event(), []
+    watched = Sequential(Watch(lambda X: count.append(1) or (len(count) == 5 and flag.set())), *before_it)
+    fit(watched, X, X[:, :3].copy(), loss=MeanSquaredError(), epochs=3, stop=flag, **{**options, "optimizer": SGD(0.1)})
+    assert_same(weights(model, backend), weights(watched, backend))
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_update_that_overflows_in_the_last_step_is_told_and_not_saved(backend, stopped, tmp_path):
+    X, y = problem()
+    flag = threading.Event()
+    schedule = [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 1e39]  # finite as a Python number, and infinite in float32
+
+    def lr(step):
+        if stopped and step == 7:
+            flag.set()
+        return schedule[step]
+
+    model = network(backend)
+    with pytest.raises(NonFiniteError, match=r"after step 8 \(epoch 2\) 0.W, .* the update itself overflowed.* 1e\+39") as raised:
+        fit(model, X, y, loss=SoftmaxCrossEntropy(), optimizer=SGD(lr), epochs=2 + stopped, batch_size=16, progress=False,
+            checkpoint=tmp_path, checkpoint_every=1, stop=flag)  # fmt: skip
+    assert len(raised.value.history.rows) == 1
+    state = load_checkpoint(tmp_path, network(), SGD(lr))
+    assert state["step"] == 7
+
+
+def test_weights_that_overflowed_before_the_bad_step_are_called_so(backend):
+    X, y = problem()
+    with pytest.raises(NonFiniteError, match=r"^step 4 .* the update before it overflowed"):
+        fit(network(backend), X, y, loss=SoftmaxCrossEntropy(), optimizer=SGD(lambda step: 1e39 if step == 2 else 0.1),
+            epochs=1, batch_size=16, progress=False)  # fmt: skip
 
 
 # stopping
