@@ -84,6 +84,9 @@ class _Data:
     device: Device
     dtype: Any
 
+    def __post_init__(self) -> None:
+        self.X, self.y = _signed(self.X, self.dtype), _signed(self.y, "int64")
+
     def __len__(self) -> int:
         return int(self.X.shape[0])
 
@@ -105,6 +108,13 @@ class _Data:
 
 def _is_float(x: Array) -> bool:
     return bool(namespace(x).isdtype(x.dtype, "real floating"))
+
+
+def _signed(x: Array, dtype: Any) -> Array:
+    """`x`, but a torch tensor of wide unsigned integers in `dtype`: torch can neither take rows of those nor compare them."""
+    if dtype_name(x.dtype) in ("uint16", "uint32", "uint64") and Device.of(x).kind == "torch":
+        return Device.of(x).asarray(x, dtype=dtype)
+    return x
 
 
 def _taker(x: Array, order: np.ndarray[Any, Any] | None) -> Callable[[int, int], Array]:
@@ -391,7 +401,8 @@ def fit(
         data, rows, held = _Data(X, y, device, dtype), None, None
         if isinstance(validation, (int, float)):
             rows, held_rows = _split(validation, len(data), root)
-            held = _Data(_taker(X, held_rows)(0, len(held_rows)), _taker(y, held_rows)(0, len(held_rows)), device, dtype)
+            held_X, held_y = (_taker(x, held_rows)(0, len(held_rows)) for x in (data.X, data.y))
+            held = _Data(held_X, held_y, device, dtype)
         elif validation is not None:
             try:
                 held_X, held_y = validation
@@ -721,7 +732,9 @@ def _evaluate(model: Any, data: _Data, loss: Any, batch_size: int) -> dict[str, 
             losses.append(xp.astype(value, xp.float32) if dtype_name(value.dtype) == "float16" else value)
             weights.append(X.shape[0])
             if not _is_float(y) and y.ndim == Z.ndim - 1:
-                hits = xp.argmax(Z, axis=-1) == y
+                found = xp.argmax(Z, axis=-1)
+                # of a row with NaN that is the NaN's position, which would be right by chance
+                hits = (found == xp.astype(y, found.dtype)) & ~xp.isnan(xp.max(Z, axis=-1))
                 right.append(xp.count_nonzero(hits))
     with computing_on(losses[0]) as xp:
         host = data.device.to_numpy(xp.stack(losses)).astype(np.float64)

@@ -172,6 +172,33 @@ def test_integer_features_are_cast_too():
     assert_same(weights(mine), weights(theirs))
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int8", "int16"])
+@pytest.mark.parametrize("there", [False, True], ids=["on the host", "on the device"])
+def test_class_ids_of_any_integer_dtype_train_alike(backend, dtype, there):
+    X, y = problem()
+    mine, theirs = network(backend), network(backend)
+    options = {"loss": SoftmaxCrossEntropy(), "epochs": 2, "batch_size": 16, "validation": 0.2, "progress": False}
+    ids = backend.asarray(y, dtype) if there else y.astype(dtype)
+    one = fit(mine, X, ids, optimizer=SGD(0.1), **options)
+    other = fit(theirs, X, y, optimizer=SGD(0.1), **options)
+    assert_same(weights(mine, backend), weights(theirs, backend))
+    for name in ("validation_loss", "validation_accuracy"):
+        assert one.rows[-1][name] == other.rows[-1][name]
+    assert evaluate(mine, X, ids, loss=options["loss"]) == evaluate(mine, X, y, loss=options["loss"])
+    with pytest.raises(ValueError, match="class ids from"):
+        fit(mine, X, ids + np.asarray(3, dtype) if not there else backend.asarray(y + 3, dtype), optimizer=SGD(0.1), **options)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64"])
+def test_unsigned_features_train_on_every_backend(backend, dtype):
+    X, y = np.arange(200).reshape(50, 4) % 7, problem()[1]
+    mine, theirs = network(backend), network(backend)
+    options = {"loss": SoftmaxCrossEntropy(), "epochs": 1, "batch_size": 16, "validation": 0.2, "progress": False}
+    fit(mine, backend.asarray(X, dtype), y, optimizer=SGD(0.1), **options)
+    fit(theirs, backend.asarray(X, "float32"), y, optimizer=SGD(0.1), **options)
+    assert_same(weights(mine, backend), weights(theirs, backend))
+
+
 def test_data_are_not_written_to(backend):
     X, y = problem()
     X_there, y_there = backend.asarray(X), backend.asarray(y)
@@ -199,6 +226,24 @@ def test_evaluate_weights_batches_by_their_rows_and_counts_hits(backend):
         scores = evaluate(model, X, y, loss=SoftmaxCrossEntropy(), batch_size=batch_size)
         assert scores["loss"] == pytest.approx(rows.mean(), rel=1e-13)
         assert scores["accuracy"] == (Z.argmax(axis=1) == y).mean()
+
+
+def test_accuracy_counts_every_id_of_targets_of_any_shape(backend):
+    X, y = problem(rows=60, dtype="float64")
+    X, y = X.reshape(10, 2, 3, 4), y.reshape(10, 2, 3)
+    model = network(backend, dtype="float64")
+    found = backend.to_numpy(model(backend.asarray(X))).argmax(axis=-1)
+    for batch_size in (3, 1024):
+        scores = evaluate(model, X, y, loss=SoftmaxCrossEntropy(), batch_size=batch_size)
+        assert scores["accuracy"] == (found == y).sum() / 60 < 1
+
+
+def test_outputs_that_are_not_numbers_are_never_right(backend):
+    X, y = problem()
+    model = network(backend)
+    model[2].b = backend.asarray(np.asarray([[np.nan, 0, 0]]), "float32")  # argmax says 0
+    with np.errstate(invalid="ignore"):
+        assert evaluate(model, X, 0 * y, loss=SoftmaxCrossEntropy())["accuracy"] == 0
 
 
 def test_evaluate_has_no_accuracy_for_real_targets():
