@@ -363,6 +363,23 @@ def test_bad_data_is_refused_before_a_folder_is_made(
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("size,weight,y\n1e308,1,1.5\n1e308,2,2.5\n-1e308,3,3\n1,4,4\n2,5,5\n", ("the column 'size'", "1e+308")),
+        ("size,weight,y\n1,1,1e308\n2,2,-1e308\n3,3,1e308\n4,4,1e308\n5,5,0.5\n", ("the target", "1e+308")),
+    ],
+)
+def test_numbers_whose_variance_overflows_are_told_by_their_column(
+    run: Callable[..., Outcome], rows: str, words: tuple[str, ...]
+) -> None:
+    Path("big.csv").write_text(rows)
+    outcome = run("train", "--data", "big.csv", "--out", "out", "--test", 0, "--validation", 0)
+    assert_refused(outcome, "big.csv", *words)
+    assert len(outcome.err.splitlines()) == 1  # and no warning of NumPy's
+    assert not Path("out").exists()
+
+
 def test_a_loss_that_is_not_finite_names_its_step_and_leaves_no_folder(run: Callable[..., Outcome]) -> None:
     outcome = run("train", "--optimizer", "sgd", "--lr", "1e30", "--out", "out", *SMALL)
     assert_refused(outcome, "step 2 (epoch 1, batch 2 of 41)", "learning rate")
