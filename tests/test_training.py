@@ -27,6 +27,14 @@ from anyarray_linear import (
 from anyarray_linear.schedules import cosine
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_pythons_own():
+    """A parent that ignores SIGINT (nohup, some CI) hands that down, and then no handler is Python's own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def problem(rows=50, features=4, classes=3, dtype="float32"):
     rng = np.random.default_rng(7)
     X = rng.standard_normal((rows, features)).astype(dtype)
@@ -126,7 +134,7 @@ def test_training_is_the_loop_one_would_write_by_hand(backend):
                   optimizer=Adam(cosine(1e-2, 8)), epochs=2, batch_size=16, seed=5, progress=False)  # fmt: skip
     loss, optimizer, losses = SoftmaxCrossEntropy(), Adam(cosine(1e-2, 8)), []
     for epoch in range(2):
-        order = np.random.default_rng(np.random.SeedSequence(5, spawn_key=(epoch + 1,))).permutation(50)
+        order = np.random.default_rng(np.random.SeedSequence(5, spawn_key=(int.from_bytes(b"fit"), epoch + 1))).permutation(50)
         for rows in np.split(order, [16, 32, 48]):
             Z, caches = by_hand.forward(backend.asarray(X[rows]))
             value, cache = loss.forward(Z, backend.asarray(y[rows]))
@@ -310,18 +318,64 @@ def test_zero_epochs_train_nothing():
         ({"seed": "zero"}, TypeError, "seed is 'zero'"),
         ({"resume": True}, ValueError, "checkpoint=folder"),
         ({"checkpoint_every": 1}, ValueError, "checkpoint=folder"),
+        ({"y": np.full((50, 3), np.nan, np.float32)}, ValueError, "y has a value in row 0 (rows counted from 0) that is NaN or infinite"),
+        ({"X": np.ones((50, 4), np.complex64)}, TypeError, "X is complex64"),
+        ({"X": np.full((50, 4), "1")}, TypeError, "X is str"),
+        ({"X": np.full((50, 4), 1, object)}, TypeError, "X is object"),
+        ({"y": np.ones(50, np.complex128)}, TypeError, "y is complex128"),
+        ({"y": np.full(50, "a")}, TypeError, "y is str"),
+        ({"X": np.ones((50, 4)).view(np.matrix)}, TypeError, "X is a numpy matrix"),
+        ({"X": np.ma.MaskedArray(np.ones((50, 4)))}, TypeError, "X is a numpy MaskedArray"),
+        ({"y": np.ma.MaskedArray(np.zeros(50, int))}, TypeError, "y is a numpy MaskedArray"),
+        ({"validation": (np.ones((2, 4), complex), np.zeros(2, int))}, TypeError, "the validation X is complex128"),
+        ({"model": ReLU()}, ValueError, "model is ReLU(), which has no parameters to train"),
+        ({"model": ReLU}, TypeError, "model is the class ReLU"),
+        ({"model": None}, TypeError, "model is a NoneType"),
+        ({"loss": SoftmaxCrossEntropy}, TypeError, "loss is the class SoftmaxCrossEntropy; give an object such as"),
+        ({"loss": None}, TypeError, "loss is a NoneType"),
+        ({"optimizer": SGD}, TypeError, "optimizer is the class SGD; give an object such as"),
+        ({"optimizer": None}, TypeError, "optimizer is a NoneType"),
+        ({"callbacks": print}, TypeError, "give a list of functions"),
+        ({"callbacks": [1]}, TypeError, "give a list of functions"),
+        ({"validation": np.float32(1.5)}, ValueError, "validation is 1.5"),
     ],
 )
 def test_bad_arguments_are_refused_and_the_model_is_left_alone(change, error, words):
     X, y = problem()
     model, optimizer = network(), Adam()
     before = weights(model)
-    arguments = {"X": X, "y": y, "loss": SoftmaxCrossEntropy(), "optimizer": optimizer, "progress": False, **change}
+    seed = np.random.default_rng(0)
+    arguments = {"X": X, "y": y, "loss": SoftmaxCrossEntropy(), "optimizer": optimizer, "progress": False, "seed": seed, **change}
     with pytest.raises(error) as raised:
-        fit(model, arguments.pop("X"), arguments.pop("y"), **arguments)
+        fit(arguments.pop("model", model), arguments.pop("X"), arguments.pop("y"), **arguments)
     assert words in str(raised.value)
     assert_same(weights(model), before)
     assert optimizer.steps == 0
+    assert seed.bit_generator.seed_seq.n_children_spawned == 0
+
+
+def test_evaluate_and_predict_refuse_what_fit_refuses():
+    X, y = problem()
+    for bad in (X.astype(complex), X.astype(str), X.view(np.matrix), np.ma.MaskedArray(X)):
+        with pytest.raises(TypeError, match=r"^X is "):
+            evaluate(network(), bad, y, loss=SoftmaxCrossEntropy())
+        with pytest.raises(TypeError, match=r"^X is "):
+            predict(network(), bad)
+    with pytest.raises(TypeError, match="loss is the class"):
+        evaluate(network(), X, y, loss=SoftmaxCrossEntropy)
+    with pytest.raises(TypeError, match="model is the class"):
+        predict(Linear, X)
+
+
+def test_a_fraction_for_validation_may_be_a_numpy_number():
+    assert seen_batches(validation=np.float32(0.25)) == seen_batches(validation=0.25)
+    assert sum(map(len, seen_batches(validation=np.float64(0.3), epochs=1))) == 7
+
+
+def test_the_order_is_drawn_from_another_stream_than_the_weights_of_that_seed():
+    (batch,) = seen_batches(epochs=1, rows=40, batch_size=40, seed=3)
+    children = np.random.SeedSequence(3).spawn(40)  # those of Linear(seed=3), and all that a fit might have had
+    assert batch not in [np.random.default_rng(child).permutation(40).tolist() for child in children]
 
 
 def test_the_row_of_a_bad_value_is_named_where_data_are_on_the_device(backend):
