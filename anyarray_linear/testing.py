@@ -261,7 +261,7 @@ def _check_finite(name: str, x: Array, dtype: str) -> None:
     with np.errstate(over="ignore"):
         finite = np.isfinite(_host(x, dtype)).all()
     if not finite:
-        raise ValueError(f"{name} has a value that is NaN or infinite in {dtype}, so nothing would be proven; give finite ones")
+        raise ValueError(f"{name} has a value that is NaN or infinite in {dtype}, so nothing is proven; give finite ones")
 
 
 def _agreement(name: str, x: Array | None, product: _Product, place: Device, sharp: bool) -> Agreement:
@@ -304,8 +304,8 @@ def assert_equivalent(
     sharp: hold the results to the sharp gate too, which is for seeded random data.
 
     Returns one `Agreement` per output and device, which says what share of each bound was used.
-    Raises `AssertionError`, which says which output, on which device, where, and by how much; `TypeError` or `ValueError` for
-    a layer that is no `Linear`, operands that do not fit it, and operands with NaN or infinity, for which there is no bound.
+    Raises `AssertionError`, which says which output, on which device, where, and by how much; `TypeError` or `ValueError`
+    for a layer that is no `Linear`, operands that do not fit it, and NaN or infinity in them, for which there is no bound.
     """
     if isinstance(devices, (str, Device)):
         raise TypeError(f"devices is {str(devices)!r}, which is one; give a list: devices=[{str(devices)!r}]")
@@ -330,8 +330,8 @@ def gradcheck(
     changes `Z` by as much as `Z` itself. For other layers `h` is halved from there until halving it once more changes
     neither slope nor curvature, which is how truncation and kinks show themselves: across a kink the one-sided slopes do not
     approach each other as `h` shrinks. So a step that would cross the kink of a ReLU is not taken, and an `X` that lies on
-    one, or too near to one for any step, is told. What the rounding of the outputs may make of the slope, `u <|dZ|, |Z|> / h`
-    for one rounding each, is allowed for; where it would hide all else, that is told too.
+    one, or too near to one for any step, is told. What the rounding of the outputs may make of the slope,
+    `u <|dZ|, |Z|> / h` for one rounding each, is allowed for; where it would hide all else, that is told too.
 
     layer: a layer or container, whose parameters are left as they are. X: its input, on the layer's device. dZ: the
     gradient of the loss by the output, of its shape; by default random. rtol: the allowed error, relative to the norm of the
@@ -433,8 +433,8 @@ def _derivative(
             if half_rounding <= max(rtol, 1e-6) * size or half_slope == half_bend == 0:
                 return half_slope, half_rounding
             raise ValueError(
-                f"no step of {name} is small enough for this layer and large enough for float64: at {h / 2:.1g} the rounding of "
-                f"the outputs, up to {float(np.max(np.abs(Z))):.2g}, hides the slope; scale the operands to sizes near 1"
+                f"no step of {name} is small enough for this layer and large enough for float64: at {h / 2:.1g} the "
+                f"rounding of the outputs, up to {float(np.max(np.abs(Z))):.2g}, hides the slope; scale the operands to sizes near 1"
             )
         h, slope, bend, rounding = h / 2, half_slope, half_bend, half_rounding
     raise ValueError(

@@ -250,13 +250,13 @@ def _train(run: Run, options: Any, folder: Path, stop: StopSignals, group: distr
 
     model = run.for_raw_data()
     loss = run.loss if run.classes is not None else MeanSquaredError()
-    with np.errstate(over="ignore", invalid="ignore"):  # told below
-        scores = {name: evaluate(model, X, y, loss=loss) for name, (X, y) in run.parts.items()}  # of what is saved, on raw data
+    with np.errstate(over="ignore", invalid="ignore"):  # told below; of what is saved, on raw data
+        scores = {name: evaluate(model, X, y, loss=loss) for name, (X, y) in run.parts.items()}
     wrong = [name for name, score in scores.items() if not math.isfinite(score["loss"])]
     if "train" in wrong:
         raise ValueError(
-            f"the loss of the trained model is not finite on {', '.join(wrong)}: its outputs overflow {options.dtype}; no model "
-            "is written. Give a smaller --lr, or --clip-norm 1, or scale the data"
+            f"the loss of the trained model is not finite on {', '.join(wrong)}: its outputs overflow {options.dtype}; "
+            "no model is written. Give a smaller --lr, or --clip-norm 1, or scale the data"
         )
     for name in wrong:
         warnings.warn(f"the loss on {name} is not finite: for some of its samples the model overflows", stacklevel=2)
