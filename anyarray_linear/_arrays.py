@@ -74,6 +74,8 @@ def computing_on(x: Array) -> _Anywhere | _OnCurrentDevice:
     xp = array_namespace(x)
     if is_cupy_array(x):
         return _OnCurrentDevice(xp, x.device)
+    if peculiar(x):
+        check_array("x", x)
     return _anywhere.setdefault(type(x), _Anywhere(xp))
 
 
@@ -94,9 +96,16 @@ def dtype_name(dtype: Any) -> str:
     return getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
 
 
+def peculiar(x: object) -> bool:
+    """Whether `x` is a NumPy array of a kind that computes otherwise than arrays do: a `matrix` or a `MaskedArray`."""
+    return isinstance(x, np.ndarray) and any(
+        kind.__name__ in ("matrix", "MaskedArray") and kind.__module__.startswith("numpy") for kind in type(x).__mro__
+    )
+
+
 def is_array(x: object) -> bool:
     """Whether `x` is an array of the standard: no list and no Python number (a NumPy scalar is a 0-d array)."""
-    if isinstance(x, (int, float, complex)) and not isinstance(x, np.generic):
+    if (isinstance(x, (int, float, complex)) and not isinstance(x, np.generic)) or peculiar(x):
         return False
     try:
         array_namespace(x)
@@ -126,6 +135,11 @@ def describe(x: object) -> str:
 def check_array(name: str, x: object) -> None:
     """Raise `TypeError` unless `x` is an array of the standard."""
     if type(x) not in _anywhere and not is_array(x):
+        if peculiar(x):
+            raise TypeError(
+                f"{name} is a numpy {type(x).__name__}, which computes otherwise than arrays do; make it an array "
+                f"with numpy.asarray({name}), having filled what is masked: {name}.filled(0.0)"
+            )
         raise TypeError(
             f"{name} is {describe(x)}, not an array; make it one with numpy.asarray({name}, dtype=...) "
             "or the asarray of the library and device that you compute with"
@@ -163,10 +177,15 @@ def check_place(reference: str, expected: Array, name: str, x: Array) -> None:
         if here is None or there is None or here == there:
             return
         error = ValueError
+    line = f"Device.of({reference}).asarray({name})" if _can_be_typed(reference, name) else "Device.of(one).asarray(other)"
     raise error(
-        f"{name} is {describe(x)} but {reference} is {describe(expected)}; "
-        f"move one to the other, for example with Device.of({reference}).asarray({name})"
+        f"{name} is {describe(x)} but {reference} is {describe(expected)}; move one to the other, for example with {line}"
     )
+
+
+def _can_be_typed(*names: str) -> bool:
+    """Whether these names of arguments, such as `W` or `the gradient of 0.W`, can stand in a line of code."""
+    return all(name.isidentifier() for name in names)
 
 
 def surely_alike(x: Array, y: Array) -> bool:
@@ -208,10 +227,9 @@ def check_alike(reference: str, expected: Array, name: str, x: Array) -> None:
     if x.dtype != expected.dtype:
         dtype = dtype_name(x.dtype)
         other = f', or build the layer with dtype="{dtype}"' if dtype.startswith("float") else ""
-        raise TypeError(
-            f"{name} is {dtype} but {reference} is {dtype_name(expected.dtype)}; "
-            f"cast it with xp.astype({name}, {reference}.dtype){other}"
-        )
+        wanted = dtype_name(expected.dtype)
+        line = f"xp.astype({name}, {reference}.dtype)" if _can_be_typed(reference, name) else f"xp.astype(..., xp.{wanted})"
+        raise TypeError(f"{name} is {dtype} but {reference} is {wanted}; cast it with {line}{other}")
 
 
 def check_shape(name: str, x: Array, expected: tuple[int, ...], why: str) -> None:

@@ -45,7 +45,8 @@ class _Activation:
         if not needs_dX:
             return None, {}
         with computing_on(kept) as xp:
-            return lane(_activation_gradient, xp)(xp, self, dZ, kept), {}
+            dX = lane(_activation_gradient, xp)(xp, self, dZ, kept)
+            return dX if kept.ndim else xp.asarray(dX), {}  # of 0-d arrays NumPy makes scalars
 
     def backward(
         self, dZ: Array, cache: Mapping[str, Array], *, accumulate: bool = False, needs_dX: bool = True
@@ -65,7 +66,8 @@ class _Activation:
         """`Z = f(X)`: no cache."""
         check_float("X", X)
         with computing_on(X) as xp:
-            return lane(_activation, xp)(xp, self, X)
+            Z = lane(_activation, xp)(xp, self, X)
+            return Z if X.ndim else xp.asarray(Z)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

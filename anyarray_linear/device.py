@@ -22,7 +22,18 @@ from typing import Any
 import numpy as np
 
 from . import doctor
-from ._arrays import FLOAT_DTYPES, Array, Namespace, describe, device_of, dtype_name, is_array, namespace
+from ._arrays import (
+    FLOAT_DTYPES,
+    Array,
+    Namespace,
+    check_array,
+    describe,
+    device_of,
+    dtype_name,
+    is_array,
+    namespace,
+    peculiar,
+)
 
 _NAMESPACES = {
     "cpu": "array_api_compat.numpy",
@@ -116,6 +127,8 @@ class Device:
             kind, index = _dlpack_place(x)
             x = (_cuda_device(index) if kind == _DLPACK_CUDA else _cpu()).from_dlpack(x)
         elif not is_array(x):
+            if peculiar(x):
+                check_array("x", x)
             x = np.asarray(x)
             if dtype is None and x.dtype.kind == "f":
                 dtype = self.default_float
@@ -188,10 +201,18 @@ class Device:
             return x.to(self.native)
         if self.kind == "jax":
             return import_module("jax").device_put(x, self.native)
-        here.synchronize()  # streams of two cards do not wait for each other
+        # streams of two cards do not wait for each other, and events make them, without the host
+        cuda = doctor.load_cupy().cuda
+        with here:
+            x, theirs, ready = self.xp.ascontiguousarray(x), cuda.get_current_stream(), cuda.Event(disable_timing=True)
+            ready.record(theirs)
         with self:
+            ours, done = cuda.get_current_stream(), cuda.Event(disable_timing=True)
+            ours.wait_event(ready)
             moved = x.copy()
-            self.synchronize()
+            done.record(ours)
+        with here:
+            theirs.wait_event(done)  # what is written to x, or to its memory, from now on comes after the copy
         return moved
 
     def _from_host(self, x: np.ndarray[Any, Any], dtype: Any) -> Array:
@@ -389,6 +410,9 @@ def select_device(spec: str | Device = "auto") -> Device:
     if isinstance(spec, Device):
         return spec
     origin, reason = "device", "it was asked for"
+    if not isinstance(spec, str):
+        cure = "; for the device of an array, give Device.of(the array)" if is_array(spec) else ""
+        raise ValueError(f'device is {describe(spec)}; expected "auto", "cpu", "cuda", "cuda:1" or a Device{cure}')
     if spec == "auto" and (asked := os.environ.get("ANYARRAY_DEVICE", "")):
         spec, origin, reason = asked, "ANYARRAY_DEVICE", f"ANYARRAY_DEVICE is {asked}"
     if spec == "auto":
@@ -396,7 +420,7 @@ def select_device(spec: str | Device = "auto") -> Device:
         return _cpu(reason) if index is None else _cuda_device(index, reason)
     if spec == "cpu":
         return _cpu(reason)
-    wanted = re.fullmatch(r"cuda(?::(\d+))?", spec) if isinstance(spec, str) else None
+    wanted = re.fullmatch(r"cuda(?::(\d+))?", spec)
     if wanted is None:
         raise ValueError(f'{origin} is {spec!r}; expected "auto", "cpu", "cuda", "cuda:1" (any number) or a Device')
     last = doctor.examine(int(wanted[1]) if wanted[1] else None)[-1]

@@ -198,7 +198,8 @@ def _count() -> str:
     if visible is not None:
         raise _Failure(
             f"CUDA_VISIBLE_DEVICES is {visible!r}, which leaves no CUDA device visible",
-            "Unset it, or name a device in it (CUDA_VISIBLE_DEVICES=0), before Python starts.",
+            "Unset it, or name a device in it that nvidia-smi -L lists, before Python starts; if it lists none, no card is "
+            "visible to this machine or container.",
         ) from cause
     sentence = "there is an NVIDIA driver, but no CUDA device is visible to it"
     raise _Failure(sentence, _CONTAINER if _in_container() else "See whether nvidia-smi -L lists a card.") from cause

@@ -101,7 +101,10 @@ def draw_parameters(
     """Float64 host arrays `W` of `shape` `(out_features, in_features)`, and `b` of `(1, out_features)` or `None`."""
     draw = initializer(init)
     for_W, for_b = (np.random.default_rng(child) for child in layer_seed(seed).spawn(2))
-    W = np.asarray(draw(for_W, shape), dtype=np.float64)
+    W = np.asarray(draw(for_W, shape))
+    if W.dtype.kind not in "fiub":
+        raise TypeError(f"init returned an array of {W.dtype}; weights are real numbers")
+    W = W.astype(np.float64, copy=False)
     if W.shape != shape:
         raise ValueError(f"init returned an array of shape {W.shape}; it must have {shape}, (out_features, in_features)")
     if not bias:

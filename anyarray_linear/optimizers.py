@@ -8,29 +8,30 @@ something is wrong. Hyper-parameters are Python floats: a NumPy scalar would tur
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ._arrays import Array, Namespace, check_alike, check_shape, computing_on, describe, dtype_name, surely_alike
+from ._arrays import (
+    Array,
+    Namespace,
+    check_alike,
+    check_array,
+    check_place,
+    check_shape,
+    computing_on,
+    describe,
+    dtype_name,
+    surely_alike,
+)
 from ._pickling import pin, unpin
 from .device import Device
 from .lanes import lane
 from .protocol import join, leaves, stored_gradients
+from .schedules import _real
 
 Moments = dict[str, Array]
 Places = Mapping[str, tuple[Any, str]]
 """Where each parameter lives: by its full name, its layer and attribute."""
-
-
-def _real(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
-    """`value` as a Python float in `[low, high)`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r:.60}, a {type(value).__name__}; it must be a Python number")
-    number = float(value)
-    if not low <= number < high:
-        raise ValueError(f"{name} is {number}; it must be at least {low} and below {high}")
-    return number
 
 
 class _Last:
@@ -96,21 +97,30 @@ class _Optimizer:
         step counts all the same). It lets a step be called off without the host having to look.
 
         Raises `ValueError` or `TypeError`, before anything is changed, for another model than the first one, and for a
-        gradient that is missing, unknown, or of another shape, dtype or device than its parameter.
+        gradient that is missing, unknown, or of another shape, dtype or device than its parameter, and for a wrong `where`.
         """
         gradients = stored_gradients(model) if grads is None else grads
-        last = self._last
+        last, moments, lr = self._last, self._moments, self.learning_rate()
         if last is None or not last.surely_fits(model, gradients):
             places = self._places(model)
             parameters = {name: getattr(layer, p) for name, (layer, p) in places.items()}
             self._check(parameters, gradients)
-            self._moments = self._checked_moments(parameters)
+            moments = self._checked_moments(parameters)
             last = _Last(model, leaves(model), places)
-        lr = self.learning_rate()
+        if where is not None:
+            check_array("where", where)
+            check_place("the model", next(iter(gradients.values())), "where", where)
+            if where.shape != () or dtype_name(where.dtype) != "bool":
+                raise ValueError(f"where is {dtype_name(where.dtype)} of shape {tuple(where.shape)}; it must be a 0-d bool")
+        before = self._moments, self.steps
+        self._moments, self.steps = moments, self.steps + 1
+        try:
+            with computing_on(next(iter(gradients.values()))) as xp:
+                lane(_apply, xp)(xp, self, last.places, gradients, lr, where)
+        except Exception:
+            self._moments, self.steps = before
+            raise
         self._model, self._last = model, last
-        self.steps += 1
-        with computing_on(next(iter(gradients.values()))) as xp:
-            lane(_apply, xp)(xp, self, last.places, gradients, lr, where)
         last.parameters = last.now()
 
     def _places(self, model: Any) -> Places:
@@ -215,10 +225,12 @@ class _Optimizer:
         Hyper-parameters come with it; a schedule is code and stays as it is. Raises `ValueError` for a state of another
         rule or one that is damaged, and leaves this optimizer as it was.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state is a {type(state).__name__}; pass what state_dict gave")
         own = self._hyperparameters()
         try:
             rule, steps, hyper, moments = (state[k] for k in ("rule", "steps", "hyperparameters", "moments"))
-        except (TypeError, KeyError) as error:
+        except KeyError as error:
             raise ValueError(f"state has no {error}; pass what state_dict gave") from error
         if rule != type(self).__name__:
             raise ValueError(f"state is of {rule}, but this optimizer is {type(self).__name__}")
@@ -259,14 +271,17 @@ def _apply(
     """Clip, update every parameter and its moments, and assign them."""
     if optimizer.clip_norm is not None:
         gradients = clipped(gradients, optimizer.clip_norm)
+    new = {}
     for name, (layer, p) in places.items():
         W, moments = getattr(layer, p), optimizer._moments[name]
         new_W, new_moments = optimizer._update(xp, W, gradients[name], moments, lr, optimizer.steps)
         if where is not None:
             new_W = xp.where(where, new_W, W)
             new_moments = {m: xp.where(where, new_moments[m], moments[m]) for m in moments}
-        optimizer._moments[name] = new_moments
-        setattr(layer, p, new_W)
+        new[name] = new_W, new_moments
+    for name, (layer, p) in places.items():  # only now, when nothing can go wrong any more
+        W, optimizer._moments[name] = new[name]
+        setattr(layer, p, W)
 
 
 def clipped(gradients: Mapping[str, Array], clip_norm: float) -> dict[str, Array]:
@@ -370,8 +385,8 @@ class Adam(_Optimizer):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__(lr, weight_decay, clip_norm)
-        if not hasattr(betas, "__len__") or len(betas) != 2:
-            raise ValueError(f"betas is {betas!r}; it must be two numbers")
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise ValueError(f"betas is {betas!r}; it must be two numbers, such as (0.9, 0.999)")
         self.betas = _real("betas[0]", betas[0], 0.0, 1.0), _real("betas[1]", betas[1], 0.0, 1.0)
         self.eps = _real("eps", eps)
 

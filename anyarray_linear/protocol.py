@@ -73,7 +73,12 @@ def store_gradients(model: Any, gradients: Mapping[str, Array], *, accumulate: b
     new = []
     for name, layer in leaves(model):
         for p in layer.parameters():
-            gradient, stored = gradients[join(name, p)], getattr(layer, f"d{p}")
+            gradient, stored = gradients.get(join(name, p)), getattr(layer, f"d{p}", None)
+            if gradient is None:
+                raise ValueError(
+                    f"gradients has no {join(name, p)}, only {', '.join(gradients) or 'nothing'}; a layer's gradients "
+                    "must have every name that its parameters has"
+                )
             if accumulate and stored is not None:
                 attribute = join(name, f"d{p}")
                 check_alike(f"the new {attribute}", gradient, attribute, stored)

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 Schedule = Callable[[int], float]
 
 
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
+def _real(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
+    """`value` as a Python float in `[low, high)`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r:.60}, a {type(value).__name__}; it must be a Python number")
+    number = float(value)
+    if not low <= number < high:
+        raise ValueError(f"{name} is {number}; it must be at least {low} and below {high}")
+    return number
+
+
+def _positive(name: str, value: Any) -> None:
+    if not _real(name, value, -math.inf) > 0:
         raise ValueError(f"{name} is {value!r}; it must be greater than 0")
 
 
@@ -21,7 +34,11 @@ def linear_warmup(lr: float, steps: int) -> Schedule:
     """
     _positive("lr", lr)
     _positive("steps", steps)
-    return lambda step: float(lr * min(1.0, (step + 1) / steps))
+    return partial(_warmed_up, lr, steps)  # and no lambda: an optimizer with a schedule can be pickled
+
+
+def _warmed_up(lr: float, steps: int, step: int) -> float:
+    return float(lr * min(1.0, (step + 1) / steps))
 
 
 def cosine(lr: float, steps: int, *, warmup: int = 0, final: float = 0.0) -> Schedule:
@@ -35,17 +52,17 @@ def cosine(lr: float, steps: int, *, warmup: int = 0, final: float = 0.0) -> Sch
     """
     _positive("lr", lr)
     _positive("steps", steps)
-    if not 0 <= warmup < steps:
+    _real("final", final, -math.inf)
+    if not 0 <= _real("warmup", warmup, -math.inf) < steps:
         raise ValueError(f"warmup is {warmup!r}; it must be from 0 to below steps = {steps!r}")
-    rise = linear_warmup(lr, warmup) if warmup else None
+    return partial(_cosine, lr, steps, warmup, final)
 
-    def schedule(step: int) -> float:
-        if rise is not None and step < warmup:
-            return rise(step)
-        progress = min(1.0, (step - warmup) / (steps - warmup))
-        return float(final + (lr - final) * (1 + math.cos(math.pi * progress)) / 2)
 
-    return schedule
+def _cosine(lr: float, steps: int, warmup: int, final: float, step: int) -> float:
+    if step < warmup:
+        return _warmed_up(lr, warmup, step)
+    progress = min(1.0, (step - warmup) / (steps - warmup))
+    return float(final + (lr - final) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def step_decay(lr: float, every: int, factor: float) -> Schedule:
@@ -57,4 +74,11 @@ def step_decay(lr: float, every: int, factor: float) -> Schedule:
     _positive("lr", lr)
     _positive("every", every)
     _positive("factor", factor)
-    return lambda step: float(lr * factor ** (step // every))
+    return partial(_decayed, lr, every, factor)
+
+
+def _decayed(lr: float, every: int, factor: float, step: int) -> float:
+    try:
+        return lr * float(factor) ** (step // every)
+    except OverflowError:  # the optimizer refuses such a rate, and says so
+        return math.inf

@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import doctor
-from ._arrays import Array, computing_on, dtype_name
+from ._arrays import Array, check_array, check_shape, computing_on, describe, dtype_name, is_array
 from .device import Device, DeviceUnavailableError, select_device
 from .linear import Linear
 from .protocol import leaves, parameters
@@ -217,21 +217,58 @@ def compare(layer: Linear, X: Array, dZ: Array, device: Any = None, *, sharp: bo
     """Every output of `layer` for `X` and `dZ`, computed on `device`, against the float64 reference.
 
     layer, X, dZ, sharp: as in `assert_equivalent`. device: a `Device` or what `select_device` takes; by default the
-    layer's own. Nothing is raised for a wrong result: each `Agreement` has its `complaint`.
+    layer's own. Nothing is raised for a wrong, missing or unknown result: each `Agreement` has its `complaint`.
     """
+    _check_operands(layer, X, dZ)
     place = layer.device if device is None else select_device(device)
     layer = layer.to(place)
     dtype = dtype_name(layer.dtype)
     tf32 = _in_tf32(place, dtype)
     expected = _host_products(X, layer.W, layer.b, dZ, tf32=tf32)
+    if layer.b is None:
+        del expected["db"]
     Z, cache = layer.forward(place.asarray(X, dtype))
     dX, gradients = layer.gradients(place.asarray(dZ, dtype), cache)
     outputs = {"Z": Z, "dX": dX, **{f"d{p}": gradient for p, gradient in gradients.items()}}
-    return [_agreement(name, outputs[name], expected[name], place, sharp) for name in expected if name in outputs]
+    found = [_agreement(name, outputs.pop(name, None), expected[name], place, sharp) for name in expected]
+    unknown = [f"{name} on {place} ({dtype}) is no output of a layer with these parameters" for name in outputs]
+    return found + [
+        Agreement(str(place), dtype, name, (), math.inf, math.inf, complaint)
+        for name, complaint in zip(outputs, unknown, strict=True)
+    ]
 
 
-def _agreement(name: str, x: Array, product: _Product, place: Device, sharp: bool) -> Agreement:
+def _check_operands(layer: Any, X: Array, dZ: Array | None = None) -> None:
+    """Raise unless `layer` is a `Linear`, and `X` and `dZ` are arrays that fit it and say something."""
+    if not isinstance(layer, Linear):
+        raise TypeError(
+            f"layer is a {type(layer).__name__}, but the bounds are those of a Linear; "
+            "check each Linear of a container by itself, and anything else with gradcheck"
+        )
+    given = {"X": X, "dZ": dZ, "W": layer.W, "b": layer.b}
+    for name, x in given.items():
+        if x is None:
+            continue
+        check_array(name, x)
+        if name == "X" and (x.ndim == 0 or x.shape[-1] != layer.in_features):
+            raise ValueError(f"X has shape {tuple(x.shape)} but its last axis must be in_features = {layer.in_features}")
+        if name == "dZ":
+            check_shape(name, x, (*X.shape[:-1], layer.out_features), "the shape of Z for this X")
+        _check_finite(name, x, dtype_name(layer.dtype))
+
+
+def _check_finite(name: str, x: Array, dtype: str) -> None:
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(_host(x, dtype)).all()
+    if not finite:
+        raise ValueError(f"{name} has a value that is NaN or infinite in {dtype}, so nothing is proven; give finite ones")
+
+
+def _agreement(name: str, x: Array | None, product: _Product, place: Device, sharp: bool) -> Agreement:
     wanted, where = product.value.shape, f"on {place} ({product.dtype})"
+    if x is None or not is_array(x):
+        complaint = f"{name} {where} is {'missing' if x is None else describe(x)}, but must be an array of shape {wanted}"
+        return Agreement(str(place), product.dtype, name, wanted, math.inf, math.inf, complaint)
     found = Device.of(x)
     if tuple(x.shape) != wanted or dtype_name(x.dtype) != product.dtype or found != place:
         was = f"{dtype_name(x.dtype)} of shape {tuple(x.shape)} on {found}"
@@ -267,8 +304,11 @@ def assert_equivalent(
     sharp: hold the results to the sharp gate too, which is for seeded random data.
 
     Returns one `Agreement` per output and device, which says what share of each bound was used.
-    Raises `AssertionError`, which says which output, on which device, where, and by how much.
+    Raises `AssertionError`, which says which output, on which device, where, and by how much; `TypeError` or `ValueError`
+    for a layer that is no `Linear`, operands that do not fit it, and NaN or infinity in them, for which there is no bound.
     """
+    if isinstance(devices, (str, Device)):
+        raise TypeError(f"devices is {str(devices)!r}, which is one; give a list: devices=[{str(devices)!r}]")
     devices = usable_devices(layer.dtype) if devices is None else list(devices)
     if not devices:
         raise ValueError("devices is empty, so nothing would be compared; name at least one")
@@ -286,17 +326,20 @@ def gradcheck(
 
     Each of `X` and the parameters is moved along a random direction `V`, a step `h` forth and back, and the change of the
     loss `<dZ, Z>` is compared with `<gradient, V>`. A linear layer is linear in each of `X`, `W` and `b`, so its central
-    difference has no truncation error: `h = 1` is exact to rounding. For other layers `h` is halved from there until
-    halving it once more changes neither slope nor curvature, which is how truncation and kinks show themselves: across
-    a kink, at any distance, the one-sided slopes do not approach each other as `h` shrinks. So a step that would cross
-    the kink of a ReLU is not taken, and an `X` that lies on one is told.
+    difference has no truncation error, and the first `h` is exact to rounding: 1, or for a `Linear` so large that the step
+    changes `Z` by as much as `Z` itself. For other layers `h` is halved from there until halving it once more changes
+    neither slope nor curvature, which is how truncation and kinks show themselves: across a kink the one-sided slopes do not
+    approach each other as `h` shrinks. So a step that would cross the kink of a ReLU is not taken, and an `X` that lies on
+    one, or too near to one for any step, is told. What the rounding of the outputs may make of the slope,
+    `u <|dZ|, |Z|> / h` for one rounding each, is allowed for; where it would hide all else, that is told too.
 
     layer: a layer or container, whose parameters are left as they are. X: its input, on the layer's device. dZ: the
     gradient of the loss by the output, of its shape; by default random. rtol: the allowed error, relative to the norm of the
     gradient; by default `1e-12` for a `Linear` and `1e-6` for others. seed: of the directions.
 
     Returns the relative error by operand: `{"X": ..., "W": ..., "b": ...}`.
-    Raises `AssertionError` for a wrong gradient; `ValueError` if the function has a kink at this very point.
+    Raises `AssertionError` for a gradient that is wrong, missing or of another shape; `ValueError` if no step is small
+    enough to stay clear of a kink, or large enough to be seen beside the rounding of the outputs.
 
     >>> import numpy as np
     >>> from anyarray_linear import Linear
@@ -305,32 +348,40 @@ def gradcheck(
     (['X', 'W', 'b'], True)
     """
     rtol = (1e-12 if isinstance(layer, Linear) else 1e-6) if rtol is None else rtol
+    _check_finite("X", X, "float64")
     rng, place = np.random.default_rng(seed), Device.of(X)
     layer, X = layer.to(dtype="float64"), place.asarray(X, "float64")
     Z, cache = layer.forward(X)
     dZ = place.asarray(rng.standard_normal(Z.shape) if dZ is None else dZ, "float64")
     dX, gradients = layer.gradients(dZ, cache)
-    Z_host, dZ_host, values = _host(Z), _host(dZ), parameters(layer)
-    errors, complaints = {}, []
-    for name, gradient in {"X": dX, **gradients}.items():
-        V_host = rng.standard_normal(gradient.shape)
+    Z_host, dZ_host, values = _host(Z), _host(dZ), {"X": X, **parameters(layer)}
+    found = {"X": dX, **gradients}
+    errors, complaints = {}, [f"d{name} is the gradient of no parameter" for name in found if name not in values]
+    for name, value in values.items():
+        gradient = found.get(name)
+        if gradient is None or gradient.shape != value.shape:
+            was = "missing" if gradient is None else f"of shape {tuple(gradient.shape)}"
+            complaints.append(f"d{name} is {was}, but must have the shape of {name}, {tuple(value.shape)}")
+            continue
+        V_host = rng.standard_normal(value.shape)
         V = place.asarray(V_host)
 
         def output(step: float, name: str = name, V: Array = V) -> Host:
             with computing_on(V):
-                moved = (X if name == "X" else values[name]) + step * V
+                moved = values[name] + step * V
             if name == "X":
                 return _host(layer(moved))
             return _host(_with_parameter(layer, name, moved, X))
 
         g = _host(gradient)
-        slope = _derivative(output, Z_host, dZ_host, rtol, float(np.linalg.norm(g)), name)
+        h = _step_as_large_as(Z_host, output) if isinstance(layer, Linear) else 1.0
+        slope, rounding = _derivative(output, Z_host, dZ_host, h, rtol, float(np.linalg.norm(g)), name)
         claimed, scale = float(np.sum(g * V_host)), max(abs(slope), float(np.linalg.norm(g)), 1e-300)
         errors[name] = abs(slope - claimed) / scale
-        if not errors[name] <= rtol:
+        if not errors[name] <= rtol + rounding / scale:
             complaints.append(
                 f"d{name} gives the slope {claimed!r} along a random direction, but the central difference is {slope!r}: "
-                f"off by {errors[name]:.3g} of the gradient's norm, where {rtol:.3g} is allowed"
+                f"off by {errors[name]:.3g} of the gradient's norm, where {rtol + rounding / scale:.3g} is allowed"
             )
     if complaints:
         raise AssertionError("\n".join(complaints))
@@ -349,26 +400,45 @@ def _with_parameter(layer: Any, name: str, value: Array, X: Array) -> Array:
         setattr(leaf, p, before)
 
 
-def _derivative(
-    output: Callable[[float], Host], Z: Host, dZ: Host, rtol: float, gradient_norm: float, name: str
-) -> float:
-    """The derivative at 0 of `<dZ, output(t)>`, from the largest step at which it is smooth; `Z` is `output(0)`."""
-
-    def slope_and_bend(h: float) -> tuple[float, float]:
-        ahead, behind = output(h) - Z, Z - output(-h)
-        return float(np.sum(dZ * (ahead + behind))) / (2 * h), float(np.sum(dZ * (ahead - behind))) / h
-
+def _step_as_large_as(Z: Host, output: Callable[[float], Host]) -> float:
+    """A step that changes the output by about as much as the output is; 1 if that does. For functions without a kink."""
     h = 1.0
-    slope, bend = slope_and_bend(h)
-    while h > 2**-22:
-        half_slope, half_bend = slope_and_bend(h / 2)
-        allowed = rtol * max(abs(half_slope), gradient_norm)
+    while h < 2**60 and np.linalg.norm(output(h) - output(-h)) < np.linalg.norm(Z):
+        h *= 2**10
+    return h
+
+
+def _derivative(
+    output: Callable[[float], Host], Z: Host, dZ: Host, h: float, rtol: float, gradient_norm: float, name: str
+) -> tuple[float, float]:
+    """The derivative at 0 of `<dZ, output(t)>`, and its rounding error; `Z` is `output(0)`.
+
+    It is from the largest step, of `h` and its halves, at which the function is smooth.
+    """
+
+    def slope_bend_rounding(h: float) -> tuple[float, float, float]:
+        ahead, behind = output(h), output(-h)
+        slope = float(np.sum(dZ * ((ahead - Z) + (Z - behind)))) / (2 * h)
+        bend = float(np.sum(dZ * ((ahead - Z) - (Z - behind)))) / h
+        # one rounding of each output: enough for the slope, and in the sum over two steps for the bends' difference, too
+        return slope, bend, 8 * 2**-53 * float(np.sum(np.abs(dZ) * (np.abs(ahead) + np.abs(behind)))) / (2 * h)
+
+    slope, bend, rounding = slope_bend_rounding(h)
+    for _ in range(22):
+        half_slope, half_bend, half_rounding = slope_bend_rounding(h / 2)
+        size = max(abs(half_slope), gradient_norm)
+        allowed = rtol * size + rounding + half_rounding
         # smooth: the slope stays and the difference of the one-sided slopes halves with h; across a kink it does not
         if abs(slope - half_slope) <= allowed and abs(bend - 2 * half_bend) <= allowed:
-            return half_slope
-        h, slope, bend = h / 2, half_slope, half_bend
+            if half_rounding <= max(rtol, 1e-6) * size or half_slope == half_bend == 0:
+                return half_slope, half_rounding
+            raise ValueError(
+                f"no step of {name} is small enough for this layer and large enough for float64: at {h / 2:.1g} the "
+                f"rounding of the outputs, up to {float(np.max(np.abs(Z))):.2g}, hides the slope; scale the operands to sizes near 1"
+            )
+        h, slope, bend, rounding = h / 2, half_slope, half_bend, half_rounding
     raise ValueError(
-        f"the layer has a kink at this very {name}: its one-sided slopes stay apart down to steps of {h:.1g}; "
+        f"the layer has a kink at this {name} or within {h:.1g} of it: its one-sided slopes stay apart down to such steps; "
         f"move {name} away from it, for example by 1e-3"
     )
 
@@ -386,6 +456,7 @@ def adjoint_check(layer: Linear, X: Array, *, sharp: bool = False, seed: int = 0
     Returns the share of the allowed difference that was used: `{"X": ..., "W": ..., "b": ...}`.
     Raises `AssertionError` if one is over.
     """
+    _check_operands(layer, X)
     dtype, place, rng = dtype_name(layer.dtype), layer.device, np.random.default_rng(seed)
     tf32 = _in_tf32(place, dtype)
 

@@ -13,6 +13,7 @@ What it is careful about:
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import signal
 import threading
@@ -36,6 +37,7 @@ from .protocol import parameters
 Row = dict[str, Any]
 Callback = Callable[[Any, Row], bool | None]
 
+_ORDERS = int.from_bytes(b"fit")  # the child of the seed whose children give the orders; a layer of that seed has others
 _CHUNK = 1 << 22  # elements read at once when values are checked, so that a memory-mapped file needs little memory
 
 
@@ -49,6 +51,9 @@ class StopFlag(Protocol):
 
 class NonFiniteError(FloatingPointError):
     """Training ended because a loss or gradient was NaN or infinite; the weights are those from before that step.
+
+    Or because the parameters themselves were, at the end of an epoch: a step with a finite gradient had overflowed. Then
+    they are lost, unless there is a checkpoint.
 
     step: the step, counted from 1 over the whole training. history: the `History` up to there.
     """
@@ -81,6 +86,9 @@ class _Data:
     device: Device
     dtype: Any
 
+    def __post_init__(self) -> None:
+        self.X, self.y = _signed(self.X, self.dtype), _signed(self.y, "int64")
+
     def __len__(self) -> int:
         return int(self.X.shape[0])
 
@@ -102,6 +110,13 @@ class _Data:
 
 def _is_float(x: Array) -> bool:
     return bool(namespace(x).isdtype(x.dtype, "real floating"))
+
+
+def _signed(x: Array, dtype: Any) -> Array:
+    """`x`, but a torch tensor of wide unsigned integers in `dtype`: torch can neither take rows of it nor compare it."""
+    if dtype_name(x.dtype) in ("uint16", "uint32", "uint64") and Device.of(x).kind == "torch":
+        return Device.of(x).asarray(x, dtype=dtype)
+    return x
 
 
 def _taker(x: Array, order: np.ndarray[Any, Any] | None) -> Callable[[int, int], Array]:
@@ -126,17 +141,46 @@ def _model_place(model: Any, X: Array) -> tuple[Device, Any]:
 
 
 def _check_rows(X: Array, y: Array | None, names: tuple[str, str] = ("X", "y")) -> None:
-    check_array(names[0], X)
+    for name, x in zip(names, (X, y), strict=True):
+        if x is None and name == names[1]:
+            continue
+        check_array(name, x)
+        if not namespace(x).isdtype(x.dtype, ("bool", "integral", "real floating")):
+            raise TypeError(f"{name} is {dtype_name(x.dtype)}; give real numbers, or for y class ids, as integers")
     if X.ndim == 0:
         raise ValueError(f"{names[0]} is a single number; its first axis must be the samples")
     if X.shape[0] == 0:
         raise ValueError(f"{names[0]} has no rows (shape {tuple(X.shape)}); give at least one sample")
-    if y is not None:
-        check_array(names[1], y)
-        if y.ndim == 0 or y.shape[0] != X.shape[0]:
-            raise ValueError(
-                f"{names[0]} has {X.shape[0]} rows but {names[1]} has shape {tuple(y.shape)}; they must have as many rows"
-            )
+    if y is not None and (y.ndim == 0 or y.shape[0] != X.shape[0]):
+        raise ValueError(
+            f"{names[0]} has {X.shape[0]} rows but {names[1]} has shape {tuple(y.shape)}; they must have as many rows"
+        )
+
+
+def _check_object(name: str, value: Any, methods: tuple[str, ...], example: str) -> None:
+    """Raise `TypeError` unless `value` is an object with these methods, and no class."""
+    if isinstance(value, type) or not all(callable(getattr(value, method, None)) for method in methods):
+        what = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} is {what}; give an object such as {example}")
+
+
+def _check_model(model: Any) -> None:
+    _check_object("model", model, ("forward", "gradients", "parameters", "__call__"), "Sequential(Linear(4, 3), ReLU())")
+
+
+def _check_loss(loss: Any) -> None:
+    _check_object("loss", loss, ("forward", "backward"), "SoftmaxCrossEntropy()")
+
+
+def _check_parts(model: Any, loss: Any, optimizer: Any, callbacks: Any) -> None:
+    """What has to do with training is what it should be, and not its class."""
+    _check_model(model)
+    _check_loss(loss)
+    _check_object("optimizer", optimizer, ("step", "learning_rate"), "Adam(lr=1e-3)")
+    if not parameters(model):
+        raise ValueError(f"model is {model!r:.80}, which has no parameters to train")
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise TypeError(f"callbacks is {callbacks!r:.80}; give a list of functions f(model, row): callbacks=[f]")
 
 
 def _check_finite(name: str, x: Array, dtype: Any) -> None:
@@ -178,20 +222,25 @@ def _positive_int(name: str, value: Any, low: int = 1) -> int:
     return int(value)
 
 
-def _split(fraction: float, count: int, seed: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Row numbers for training and validation, drawn from a stream of their own."""
+def _held(fraction: float, count: int) -> int:
+    """How many of `count` rows the fraction for validation is."""
     if not 0 < fraction < 1:
         raise ValueError(f"validation is {fraction}; give (X, y), or a fraction between 0 and 1")
-    held = round(fraction * count)
+    held = round(float(fraction) * count)
     if not 0 < held < count:
         raise ValueError(f"validation is {fraction} of {count} rows, which leaves nothing on one side")
+    return held
+
+
+def _split(held: int, count: int, seed: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Row numbers for training and validation, drawn from a stream of their own."""
     order = _epoch_order(seed, -1, count)
     return np.sort(order[held:]), np.sort(order[:held])
 
 
 def _epoch_order(seed: Any, epoch: int, count: int) -> np.ndarray[Any, Any]:
     """The permutation of epoch `epoch`, from its own child of the seed: no state to carry from epoch to epoch."""
-    child = type(seed)(entropy=seed.entropy, spawn_key=(*seed.spawn_key, epoch + 1))
+    child = type(seed)(entropy=seed.entropy, spawn_key=(*seed.spawn_key, _ORDERS, epoch + 1))
     return np.random.default_rng(child).permutation(count)
 
 
@@ -364,9 +413,9 @@ def fit(
     Returns the `History`; `interrupted` is true when Ctrl-C or the stop flag ended training.
 
     Raises, before anything is trained, `TypeError` or `ValueError` for arguments that do not fit, NaN or infinite data and
-    class ids out of range. Raises `NonFiniteError` at the end of the epoch in which a loss or gradient was NaN or infinite;
-    that step and all after it were not applied. With a group, raises `distributed.RankError` on every rank when another one
-    fails, falls silent or differs.
+    class ids out of range. Raises `NonFiniteError` at the end of the epoch in which a loss or gradient was NaN or infinite,
+    or when training is stopped in it; that step and all after it were not applied. So it does where a parameter is. With a
+    group, raises `distributed.RankError` on every rank when another one fails, falls silent or differs.
 
     >>> import numpy as np
     >>> from anyarray_linear import SGD, Linear, MeanSquaredError
@@ -385,13 +434,12 @@ def fit(
             checkpoint_every = _positive_int("checkpoint_every", checkpoint_every)
         if checkpoint is None and (resume or checkpoint_every):
             raise ValueError("resume and checkpoint_every need a folder: give checkpoint=folder")
+        _check_parts(model, loss, optimizer, callbacks)
         _check_rows(X, y)
         device, dtype = _model_place(model, X)
-        root = group.exchange(layer_seed(seed))[0]
-        data, rows, held = _Data(X, y, device, dtype), None, None
-        if isinstance(validation, (int, float)):
-            rows, held_rows = _split(validation, len(data), root)
-            held = _Data(_taker(X, held_rows)(0, len(held_rows)), _taker(y, held_rows)(0, len(held_rows)), device, dtype)
+        data, rows, held, held_count = _Data(X, y, device, dtype), None, None, 0
+        if isinstance(validation, (int, float, numbers.Real)):  # a NumPy scalar is a Real
+            held_count = _held(float(validation), len(data))
         elif validation is not None:
             try:
                 held_X, held_y = validation
@@ -401,6 +449,11 @@ def fit(
             held = _Data(held_X, held_y, device, dtype)
             _check_data(model, loss, held, ("the validation X", "the validation y"))
         _check_data(model, loss, data, ("X", "y"))
+        root = group.exchange(layer_seed(seed))[0]  # only now: a Generator spawns a child each time
+        if held_count:
+            rows, held_rows = _split(held_count, len(data), root)
+            held_X, held_y = (_taker(x, held_rows)(0, len(held_rows)) for x in (data.X, data.y))
+            held = _Data(held_X, held_y, device, dtype)
         run = _Run(model, data, rows, held, loss, optimizer, batch_size, root, skip_nonfinite, accumulate, group)
         saver = _Saver(checkpoint if group.rank == 0 else None, checkpoint_every, run)
         if saver.folder is not None:
@@ -433,6 +486,7 @@ def fit(
                     raise
                 run.history.interrupted = True
             if run.history.interrupted:
+                run.judge()
                 saver.save()
     return run.history
 
@@ -552,10 +606,7 @@ class _Run:
     def finish_epoch(self) -> Row:
         """Read what the device summed, validate, and close the epoch's row."""
         began = time.perf_counter()
-        total, rows, bad, fatal = self.guard.read()
-        if fatal:
-            self._raise(fatal)
-        self.history.skipped = bad
+        total, rows = self.judge()
         row: Row = {
             "epoch": self.epoch + 1,
             "steps": self.step,
@@ -571,6 +622,29 @@ class _Run:
         self.guard.start_epoch()
         return row
 
+    def judge(self) -> tuple[float, int]:
+        """Read what the device summed, the loss and its rows; raise `NonFiniteError` if something was not finite."""
+        total, rows, bad, fatal = self.guard.read()
+        self.history.skipped = bad
+        if fatal:
+            self._raise(fatal)
+        if wrong := self.overflowed():
+            raise NonFiniteError(
+                f"after step {self.step} (epoch {self.epoch + 1}) {', '.join(wrong)} are not finite, though loss and "
+                "gradients were: the update itself overflowed. The weights are lost, but not a checkpoint from before. "
+                f"Lower the learning rate, which was {self.optimizer.learning_rate(max(0, self.optimizer.steps - 1))}",
+                self.step,
+                self.history,
+            )
+        return total, rows
+
+    def overflowed(self) -> list[str]:
+        """The names of the parameters that are not finite; read from the device all at once."""
+        found = parameters(self.model)
+        with computing_on(next(iter(found.values()))) as xp:
+            finite = xp.stack([xp.all(xp.isfinite(W)) for W in found.values()])
+        return [name for name, good in zip(found, self.data.device.to_numpy(finite), strict=True) if not good]
+
     def _raise(self, fatal: int) -> None:
         """Name what was wrong in step `fatal`: the weights are as they were before it, so it can be looked at again."""
         batch = (fatal - 1) % self.steps_per_epoch
@@ -581,7 +655,8 @@ class _Run:
         raise NonFiniteError(
             f"step {fatal} (epoch {self.epoch + 1}, batch {batch + 1} of {self.steps_per_epoch}) gave a loss of "
             f"{float(self.data.device.to_numpy(value))} and gradients that are not finite for "
-            f"{', '.join(wrong) or 'no parameter'}; the weights are as they were before that step. "
+            f"{', '.join(wrong) or 'no parameter'}; the weights are as they were before that step"
+            f"{', which found them not finite itself: the update before it overflowed' if self.overflowed() else ''}. "
             "Lower the learning rate, clip the gradients (clip_norm=1.0), or scale the data",
             fatal,
             self.history,
@@ -683,7 +758,7 @@ class _Saver:
         from .checkpoint import save_checkpoint
 
         state = self.run.state()
-        if not state["guard"]["fatal"]:
+        if not state["guard"]["fatal"] and not self.run.overflowed():
             state["best"] = self.best
             save_checkpoint(self.folder, self.run.model, self.run.optimizer, state=state, best=best)
 
@@ -699,7 +774,9 @@ def _evaluate(model: Any, data: _Data, loss: Any, batch_size: int) -> dict[str, 
             losses.append(xp.astype(value, xp.float32) if dtype_name(value.dtype) == "float16" else value)
             weights.append(X.shape[0])
             if not _is_float(y) and y.ndim == Z.ndim - 1:
-                hits = xp.argmax(Z, axis=-1) == y
+                found = xp.argmax(Z, axis=-1)
+                # of a row with NaN that is the NaN's position, which would be right by chance
+                hits = (found == xp.astype(y, found.dtype)) & ~xp.isnan(xp.max(Z, axis=-1))
                 right.append(xp.count_nonzero(hits))
     with computing_on(losses[0]) as xp:
         host = data.device.to_numpy(xp.stack(losses)).astype(np.float64)
@@ -722,6 +799,8 @@ def evaluate(model: Any, X: Array, y: Array, *, loss: Any, batch_size: int = 102
     >>> evaluate(Linear.from_arrays(np.eye(2)), np.eye(2), np.asarray([0, 0]), loss=SoftmaxCrossEntropy())["accuracy"]
     0.5
     """
+    _check_model(model)
+    _check_loss(loss)
     _check_rows(X, y)
     data = _Data(X, y, *_model_place(model, X))
     batch_size = _positive_int("batch_size", batch_size)
@@ -740,6 +819,7 @@ def predict(model: Any, X: Array, *, batch_size: int = 1024) -> Array:
     array([[1., 0.],
            [0., 1.]])
     """
+    _check_model(model)
     _check_rows(X, None)
     data = _Data(X, X, *_model_place(model, X))
     batch_size = _positive_int("batch_size", batch_size)

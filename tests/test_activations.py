@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from anyarray_linear import GELU, Layer, Linear, ReLU, Sigmoid, SiLU, Tanh
+from anyarray_linear import GELU, Layer, Linear, ReLU, Sigmoid, SiLU, Tanh, lanes
 
 ACTIVATIONS = (ReLU, Tanh, Sigmoid, SiLU, GELU)
 SMOOTH = (Tanh, Sigmoid, SiLU, GELU)
@@ -65,6 +66,18 @@ def test_values_and_derivatives_are_right_to_rounding(backend, activation, shape
     assert np.array_equal(backend.to_numpy(layer(X)), backend.to_numpy(Z))
     assert np.array_equal(backend.to_numpy(X), x), "X was written to"
     assert np.array_equal(backend.to_numpy(dZ), dz), "dZ was written to"
+
+
+@pytest.mark.parametrize("layer", [ReLU(), Tanh(), Sigmoid(), SiLU(), GELU()], ids=repr)
+@pytest.mark.parametrize("lanes_off", [False, True])
+def test_an_array_without_axes_gives_arrays_without_axes(backend, layer, lanes_off):
+    X, dZ = backend.asarray(0.5, "float32"), backend.asarray(2.0, "float32")
+    with lanes.off() if lanes_off else contextlib.nullcontext():
+        Z, cache = layer.forward(X)
+        for result in (Z, layer(X), layer.gradients(dZ, cache)[0]):
+            assert type(result) is type(X)
+            assert result.shape == ()
+            assert backend.owns(result)
 
 
 def test_relu_keeps_what_is_positive_and_passes_nothing_at_zero(backend):

@@ -366,10 +366,54 @@ def test_bad_data_is_refused_before_a_folder_is_made(
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("size,weight,y\n1e308,1,1.5\n1e308,2,2.5\n-1e308,3,3\n1,4,4\n2,5,5\n", ("the column 'size'", "1e+308")),
+        ("size,weight,y\n1,1,1e308\n2,2,-1e308\n3,3,1e308\n4,4,1e308\n5,5,0.5\n", ("the target", "1e+308")),
+    ],
+)
+def test_numbers_whose_variance_overflows_are_told_by_their_column(
+    run: Callable[..., Outcome], rows: str, words: tuple[str, ...]
+) -> None:
+    Path("big.csv").write_text(rows)
+    outcome = run("train", "--data", "big.csv", "--out", "out", "--test", 0, "--validation", 0)
+    assert_refused(outcome, "big.csv", *words)
+    assert len(outcome.err.splitlines()) == 1  # and no warning of NumPy's
+    assert not Path("out").exists()
+
+
 def test_a_loss_that_is_not_finite_names_its_step_and_leaves_no_folder(run: Callable[..., Outcome]) -> None:
     outcome = run("train", "--optimizer", "sgd", "--lr", "1e30", "--out", "out", *SMALL)
     assert_refused(outcome, "step 2 (epoch 1, batch 2 of 41)", "learning rate")
     assert not Path("out").exists()
+
+
+def test_a_loss_that_is_not_finite_is_told_when_a_signal_comes_in_the_same_epoch(
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, forward = [], anyarray_linear.Linear.forward
+
+    def watched(self: Any, X: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 20:  # two layers: step 10
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, X)
+
+    monkeypatch.setattr(anyarray_linear.Linear, "forward", watched)
+    outcome = run("train", "--optimizer", "sgd", "--lr", "1e30", "--out", "out", *SMALL)
+    assert_refused(outcome, "step 2 (epoch 1, batch 2 of 41)")
+    assert "go on" not in outcome.out
+    assert not Path("out").exists()
+
+
+def test_a_model_whose_outputs_overflow_is_no_success(run: Callable[..., Outcome]) -> None:
+    # one step, whose loss, gradient and weights are finite
+    options = ("--optimizer", "sgd", "--lr", "1e25", "--epochs", 1, "--batch-size", 5000)
+    outcome = run("train", *options, "--out", "out", *SMALL)
+    assert_refused(outcome, "train, validation, test", "not finite", "--lr")
+    assert not Path("out/model.safetensors").exists()
+    assert not Path("out/summary.json").exists()
 
 
 def test_folder_with_a_run_is_only_replaced_on_request_and_nothing_else_in_it(run: Callable[..., Outcome]) -> None:

@@ -228,6 +228,12 @@ def test_names_and_specs() -> None:
     for spec in ("gpu", "cuda:", "cuda:x", "cuda:-1", "CPU", "", None, 0):
         with pytest.raises(ValueError, match=r"expected \"auto\", \"cpu\", \"cuda\""):
             select_device(spec)
+    for spec in (np.ones(3), np.ones(1)):
+        with pytest.raises(ValueError, match=r"device is a numpy array on cpu; expected .* give Device\.of\(the array\)"):
+            select_device(spec)
+    for peculiar in (np.ones((1, 1)).view(np.matrix), np.ma.MaskedArray([1.0])):
+        with pytest.raises(TypeError, match=f"x is a numpy {type(peculiar).__name__}, which computes otherwise"):
+            CPU.asarray(peculiar)
     with pytest.raises(TypeError, match="x is a list, which is on no device"):
         Device.of([1.0])
 

@@ -282,6 +282,7 @@ def test_hidden_devices_are_blamed_on_the_variable(value: str, stand_in: None) -
     message = elsewhere(REFUSED, CUDA_VISIBLE_DEVICES=value)
     assert f"CUDA_VISIBLE_DEVICES is {value!r}, which leaves no CUDA device visible" in message
     assert "Unset it, or name a device in it" in message
+    assert "if it lists none, no card is visible" in message
 
 
 def test_no_device_at_all_is_told_from_hidden_ones(stand_in: None) -> None:

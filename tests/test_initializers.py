@@ -51,6 +51,12 @@ def test_weights_have_the_shape_of_their_distribution(init):
     assert distance <= math.sqrt(math.log(2 / 1e-6) / (2 * N))
 
 
+def test_an_init_that_is_not_real_is_refused():
+    for dtype in (complex, str, object):
+        with pytest.raises(TypeError, match=r"init returned an array of .*; weights are real numbers"):
+            Linear(2, 3, init=lambda rng, shape, dtype=dtype: np.ones(shape).astype(dtype))
+
+
 def test_the_uniform_bound_of_pytorch_is_one_over_the_root_of_in_features_for_the_bias_too():
     layer = Linear(20, 100_000, init="pytorch", seed=0)
     bound = 1 / math.sqrt(20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -9,10 +10,11 @@ import pickle
 
 import numpy as np
 import pytest
+from conftest import make_backend
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyarray_linear import SGD, Adam, AdamW, Linear, ReLU, Sequential, SoftmaxCrossEntropy
+from anyarray_linear import SGD, Adam, AdamW, Linear, ReLU, Sequential, SoftmaxCrossEntropy, lanes
 from anyarray_linear.schedules import cosine
 
 RULES = {
@@ -120,6 +122,71 @@ def test_the_arrays_of_the_caller_are_never_written(backend, rule):
     optimizer.step(model, given_)
     assert np.array_equal(backend.to_numpy(again["0.W"]), mine["0.W"]), "an assigned array was written to"
     assert np.array_equal(backend.to_numpy(again["1.W"]), mine["1.W"]), "an assigned array was written to"
+
+
+class HalfWay(SGD):
+    """A rule that fails at its second parameter."""
+
+    def _update(self, xp, W, dW, moments, lr, t):
+        if W.shape[0] == 1:
+            raise RuntimeError("on purpose")
+        return super()._update(xp, W, dW, moments, lr, t)
+
+
+def some_model(backend):
+    model = Linear(3, 2, dtype="float32", device=backend.device, seed=0)
+    return model, {name: backend.asarray(np.ones(p.shape), "float32") for name, p in model.parameters().items()}
+
+
+def test_a_step_that_fails_in_the_middle_changes_nothing(backend):
+    model, gradients = some_model(backend)
+    before, optimizer = dict(model.parameters()), HalfWay(0.1, momentum=0.9)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        optimizer.step(model, gradients)
+    assert optimizer.steps == 0
+    assert all(model.parameters()[name] is p for name, p in before.items())
+    assert optimizer.state_dict()["moments"] == {}
+    other, gradients = some_model(backend)
+    other.b = None  # it belongs to no model yet
+    optimizer.step(other, {"W": gradients["W"]})
+
+
+@pytest.mark.parametrize("lanes_off", [False, True])
+@pytest.mark.parametrize("make", [lambda: SGD(0.1, momentum=0.9), Adam])
+def test_a_wrong_where_changes_nothing(backend, make, lanes_off):
+    model, gradients = some_model(backend)
+    optimizer = make()
+    wrong = [
+        (backend.asarray([True, False]), ValueError, r"where is bool of shape \(2,\)"),
+        (backend.asarray(1), ValueError, r"where is int64 of shape \(\)"),
+        (True, TypeError, "where is a bool, not an array"),
+        (make_backend("strict-device1" if backend.name.startswith("strict") else "strict").asarray(True), (TypeError, ValueError),
+         "^where is a .* but the model is a .*Device.of"),
+    ]  # fmt: skip
+    with lanes.off() if lanes_off else contextlib.nullcontext():
+        for steps in range(2):  # at the first step, and later
+            before = {name: backend.to_numpy(p).copy() for name, p in model.parameters().items()}
+            for where, error, words in wrong:
+                if backend.name == "strict-device1" and error is not ValueError and where is not True:
+                    continue
+                with pytest.raises(error, match=words):
+                    optimizer.step(model, gradients, where=where)
+            assert optimizer.steps == steps
+            for name, p in model.parameters().items():
+                np.testing.assert_array_equal(backend.to_numpy(p), before[name])
+            optimizer.step(model, gradients, where=backend.asarray(True))
+
+
+@pytest.mark.parametrize("betas", [{0.9, 0.999}, {"a": 0.9, "b": 0.999}, 0.9, (0.9,), None])
+def test_betas_that_are_no_two_numbers_are_refused(betas):
+    with pytest.raises(ValueError, match="it must be two numbers"):
+        Adam(betas=betas)
+
+
+@pytest.mark.parametrize("state", [None, [], 3])
+def test_a_state_that_is_no_mapping_is_refused(state):
+    with pytest.raises(TypeError, match=r"^state is a .*; pass what state_dict gave"):
+        SGD(0.1).load_state_dict(state)
 
 
 def test_gradients_that_the_user_can_see_never_change(backend):

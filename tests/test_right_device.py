@@ -267,6 +267,39 @@ def test_arrays_move_between_cards_that_cannot_reach_each_other(cupy: Any) -> No
     np.testing.assert_array_equal(cupy.asnumpy(moved.W), cupy.asnumpy(layer.W))
 
 
+def test_moving_between_cards_makes_their_streams_wait_and_not_the_host(cupy: Any) -> None:
+    counters = pytest.importorskip("cupy_backends.cpu_counters")
+    zero, one = select_device("cuda:0"), select_device("cuda:1")
+    for x in (zero.asarray(X), zero.asarray(X)[:, ::2]):
+        one.asarray(x)
+        with counters.count() as asked:
+            moved = one.asarray(x)
+        assert (asked.device_to_host, asked.host_to_device, asked.synchronizations) == (0, 0, 0)
+        np.testing.assert_array_equal(cupy.asnumpy(moved), cupy.asnumpy(x))
+
+
+def test_moving_between_cards_is_ordered_by_events(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in has no asynchrony, so what is told to the streams is written down: record, wait, copy, record, wait."""
+    told: list[tuple[str, int]] = []
+
+    class Event(cupy.cuda.Event):  # type: ignore[misc]
+        def record(self, stream: Any = None) -> None:
+            told.append(("record", cupy.cuda.runtime.getDevice()))
+            super().record(stream)
+
+    class Stream(cupy.cuda.Stream):  # type: ignore[misc]
+        def wait_event(self, event: Any) -> None:
+            told.append(("wait", cupy.cuda.runtime.getDevice()))
+            super().wait_event(event)
+
+    monkeypatch.setattr(cupy.cuda, "Event", Event)
+    zero, one = select_device("cuda:0"), select_device("cuda:1")
+    x = zero.asarray(X)
+    with zero, Stream(non_blocking=True), one, Stream(non_blocking=True):
+        one.asarray(x)
+    assert told == [("record", 0), ("wait", 1), ("record", 1), ("wait", 0)]
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_copies_stay_on_their_card_whatever_is_current(copied: Callable[[Any], Any], cupy: Any) -> None:
     net = model("cuda:1")

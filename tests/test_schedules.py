@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyarray_linear import SGD, Linear
+from anyarray_linear import SGD, Adam, Linear
 from anyarray_linear.schedules import cosine, linear_warmup, step_decay
 
 lrs, counts = st.floats(1e-6, 10), st.integers(1, 200)
@@ -91,6 +92,33 @@ def test_what_must_be_positive_is_refused_by_name(wrong):
 def test_a_warmup_that_leaves_no_step_for_the_cosine_is_refused(warmup):
     with pytest.raises(ValueError, match=r"^warmup is .*below steps = 10"):
         cosine(0.1, 10, warmup=warmup)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: cosine("a", 10), lambda: cosine(1.0, "b"), lambda: cosine(1.0, 10, warmup="c"), lambda: cosine(1.0, 10, final=None),
+        lambda: cosine(True, 10), lambda: linear_warmup(None, 3), lambda: linear_warmup(1.0, [3]),
+        lambda: step_decay("1", 2, 0.5), lambda: step_decay(1.0, 2, "half"), lambda: step_decay(1.0, {}, 0.5),
+    ],
+)  # fmt: skip
+def test_what_is_no_number_is_refused_by_name(make):
+    with pytest.raises(TypeError, match=r"^(lr|steps|warmup|final|every|factor) is .* must be a Python number"):
+        make()
+
+
+def test_a_rate_that_grows_beyond_all_numbers_is_infinite_and_refused_by_the_optimizer():
+    assert step_decay(1, 1, 2)(2000) == step_decay(1.0, 1, 2.0)(2000) == math.inf
+    optimizer = SGD(step_decay(1.0, 1, 2.0))
+    optimizer.steps = 2000
+    with pytest.raises(ValueError, match="lr is inf"):
+        optimizer.step(Linear(1, 1), {"W": np.ones((1, 1)), "b": np.ones((1, 1))})
+
+
+@pytest.mark.parametrize("schedule", [cosine(0.1, 10), cosine(0.1, 10, warmup=3), linear_warmup(0.1, 4), step_decay(0.1, 2, 0.5)])
+def test_an_optimizer_with_a_schedule_can_be_pickled(schedule):
+    copied = pickle.loads(pickle.dumps(Adam(schedule)))
+    assert [copied.learning_rate(step) for step in range(12)] == [schedule(step) for step in range(12)]
 
 
 def test_an_optimizer_asks_a_schedule_for_each_step_counted_from_zero():

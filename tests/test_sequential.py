@@ -92,6 +92,20 @@ class Residual:
         return self.forward(X)[0]
 
 
+def test_a_layer_that_leaves_out_a_gradient_is_told_and_nothing_is_stored(backend):
+    class Forgetful(Linear):
+        def gradients(self, dZ, cache, *, needs_dX=True):
+            dX, gradients = super().gradients(dZ, cache, needs_dX=needs_dX)
+            return dX, {"b": gradients["b"]}
+
+    place = {"dtype": "float32", "device": backend.device, "seed": 0}
+    model = Sequential(Linear(3, 4, **place), Forgetful(4, 2, **place))
+    Z, caches = model.forward(backend.asarray(np.ones((5, 3)), "float32"))
+    with pytest.raises(ValueError, match=r"gradients has no 1\.W, only 0\.W, 0\.b, 1\.b"):
+        model.backward(Z, caches)
+    assert model[0].dW is None
+
+
 def test_it_is_the_composition_of_its_layers_forth_and_back(backend):
     model, X, dZ = small(backend)
     first, relu, second = model

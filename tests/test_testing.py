@@ -207,6 +207,33 @@ def test_wrong_shape_or_dtype_is_never_equivalent():
         assert_equivalent(Wrong.from_arrays(W, b), X, dZ, devices=["cpu"])
 
 
+class Forgetful(Linear):
+    """A layer whose gradients are changed by `change`, a function of `dX` and the dict."""
+
+    change = staticmethod(lambda dX, gradients: (dX, gradients))
+
+    def gradients(self, dZ, cache, *, needs_dX=True):
+        return self.change(*super().gradients(dZ, cache, needs_dX=needs_dX))
+
+
+MISSING_OR_UNKNOWN = [
+    (lambda dX, g: (dX, {"W": g["W"]}), "db", "missing"),
+    (lambda dX, g: (dX, {"b": g["b"]}), "dW", "missing"),
+    (lambda dX, g: (dX, {**g, "W": None}), "dW", "missing"),
+    (lambda dX, g: (None, g), "dX", "missing"),
+    (lambda dX, g: (dX, {**g, "c": g["b"]}), "dc", "no"),
+]
+
+
+@pytest.mark.parametrize(("change", "output", "word"), MISSING_OR_UNKNOWN)
+def test_a_missing_or_unknown_gradient_is_never_equivalent(backend, change, output, word):
+    X, W, b, dZ = operands()
+    layer = Forgetful.from_arrays(backend.asarray(W), backend.asarray(b))
+    layer.change = change
+    with pytest.raises(AssertionError, match=rf"^{output} on [^\n]* {word}[^\n]*$"):
+        assert_equivalent(layer, X, dZ, devices=[backend.device])
+
+
 def test_inputs_are_rounded_to_the_dtype_of_the_layer_before_the_reference_is_computed():
     X, W, b, dZ = operands(dtype="float64")
     layer = Linear.from_arrays(W.astype(np.float32), b.astype(np.float32))
@@ -217,6 +244,42 @@ def test_no_devices_is_an_error_and_not_a_success():
     X, W, b, dZ = operands()
     with pytest.raises(ValueError, match="devices is empty"):
         assert_equivalent(Linear.from_arrays(W, b), X, dZ, devices=[])
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, 1e39])
+@pytest.mark.parametrize("name", ["X", "W", "b", "dZ"])
+def test_operands_that_are_not_finite_in_the_dtype_of_the_layer_are_refused(backend, name, bad):
+    arrays = dict(zip(("X", "W", "b", "dZ"), operands(dtype="float64"), strict=True))
+    arrays[name][0, 0] = bad
+    with np.errstate(over="ignore"):
+        W, b = (backend.asarray(arrays[p].astype("float32")) for p in ("W", "b"))
+    layer, X, dZ = Linear.from_arrays(W, b), arrays["X"], arrays["dZ"]
+    for check in (compare, lambda *operands: assert_equivalent(*operands, devices=[backend.device])):
+        with pytest.raises(ValueError, match=f"^{name} has a value that is NaN or infinite in float32"):
+            check(layer, X, dZ)
+    if name == "X" and bad != 1e39:
+        with pytest.raises(ValueError, match=r"^X has a value that is NaN or infinite in float64"):
+            gradcheck(layer, backend.asarray(X))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"devices": "cpu"}, TypeError, r"devices is 'cpu', which is one; give a list: devices=\['cpu'\]"),
+        ({"layer": Sequential(Linear(40, 7))}, TypeError, "layer is a Sequential"),
+        ({"layer": ReLU()}, TypeError, "layer is a ReLU"),
+        ({"X": np.ones((6, 41))}, ValueError, "X has shape .* in_features = 40"),
+        ({"X": np.float64(1)}, ValueError, "X has shape .* in_features = 40"),
+        ({"dZ": np.ones((6, 8))}, ValueError, "dZ has shape .* must have"),
+        ({"dZ": np.ones((7, 6))}, ValueError, "dZ has shape .* must have"),
+        ({"dZ": [[1.0]]}, TypeError, "dZ is a list"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_by_name(change, error, words):
+    X, W, b, dZ = operands()
+    arguments = {"layer": Linear.from_arrays(W, b), "X": X, "dZ": dZ, "devices": ["cpu"], **change}
+    with pytest.raises(error, match=words):
+        assert_equivalent(**arguments)
 
 
 def test_default_devices_are_the_cpu_and_every_cuda_device():
@@ -253,6 +316,23 @@ def test_gradcheck_notices_an_error_of_one_part_in_a_million_in_one_element(outp
         gradcheck(layer, X)
 
 
+@pytest.mark.parametrize(("change", "output", "word"), MISSING_OR_UNKNOWN)
+def test_gradcheck_notices_a_missing_or_unknown_gradient(backend, change, output, word):
+    X, W, b, _ = operands(dtype="float64")
+    layer = Forgetful.from_arrays(backend.asarray(W), backend.asarray(b))
+    layer.change = change
+    with pytest.raises(AssertionError, match=rf"^{output} is [^\n]*{word}[^\n]*$"):
+        gradcheck(layer, backend.asarray(X))
+
+
+def test_gradcheck_notices_a_gradient_of_another_shape():
+    X, W, b, _ = operands(dtype="float64")
+    layer = Forgetful.from_arrays(W, b)
+    layer.change = lambda dX, g: (dX, {"W": g["W"], "b": g["b"][0]})
+    with pytest.raises(AssertionError, match=r"^db is of shape \(7,\), but must have the shape of b, \(1, 7\)$"):
+        gradcheck(layer, X)
+
+
 def test_gradcheck_of_a_network_agrees_with_every_gradient_and_leaves_the_parameters_alone():
     network = Sequential(Linear(5, 8, seed=0), GELU(), Linear(8, 6, seed=1), ReLU(), Linear(6, 2, seed=2), Tanh())
     before = {name: value.copy() for name, value in network.parameters().items()}
@@ -269,9 +349,38 @@ def test_a_step_never_crosses_a_kink():
     assert gradcheck(ReLU(), X)["X"] < 1e-6
 
 
-def test_a_kink_at_the_very_point_is_told():
-    with pytest.raises(ValueError, match="kink at this very X"):
-        gradcheck(ReLU(), np.asarray([1.0, 0.0, -1.0]))
+@pytest.mark.parametrize("at", [0.0, 1e-9, -1e-9])
+def test_a_kink_at_the_point_or_too_near_to_it_is_told(at):
+    with pytest.raises(ValueError, match=r"kink at this X or within 2e-07 of it"):
+        gradcheck(ReLU(), np.asarray([1.0, at, -1.0]))
+
+
+def test_a_kink_beside_outputs_whose_rounding_hides_it_is_told():
+    with pytest.raises(ValueError, match="no step of X is small enough"):
+        gradcheck(ReLU(), np.asarray([1e12, 1e-3, -1.0]))
+
+
+@pytest.mark.parametrize("scales", [(1e8, 1, 1), (1, 1, 1e8), (1, 1e-8, 1), (1e-8, 1e-8, 1e-8), (1e20, 1, 1), (1, 1, 1e20), (1e6, 0, 1)])
+def test_gradient_of_a_linear_layer_is_exact_to_rounding_at_any_scale(backend, scales):
+    X, W, b, _ = operands(dtype="float64")
+    X, W, b = (x * scale for x, scale in zip((X, W, b), scales, strict=True))
+    layer = Linear.from_arrays(backend.asarray(W), backend.asarray(b))
+    assert max(gradcheck(layer, backend.asarray(X)).values()) < 1e-12
+
+
+@pytest.mark.parametrize("scales", [(1e8, 1, 1), (1, 1, 1e8)])
+@pytest.mark.parametrize("output", ["dX", "dW", "db"])
+def test_gradcheck_notices_a_wrong_element_of_a_linear_layer_at_any_scale(scales, output):
+    X, W, b, _ = operands(dtype="float64")
+    layer = Spoiled.from_arrays(W * scales[1], b * scales[2])
+    layer.spoil = (output, (0, 0), 1e-6 * (scales[0] if output == "dW" else 1))
+    with pytest.raises(AssertionError, match=f"^{output} gives the slope"):
+        gradcheck(layer, X * scales[0])
+
+
+def test_gradcheck_of_a_network_on_large_data_agrees():
+    network = Sequential(Linear(5, 8, seed=0), GELU(), Linear(8, 6, seed=1), ReLU(), Linear(6, 2, seed=2))
+    assert max(gradcheck(network, 1e4 * np.random.default_rng(0).standard_normal((9, 5))).values()) < 1e-6
 
 
 def test_gradcheck_notices_a_wrong_slope_of_a_nonlinear_layer():

@@ -21,9 +21,18 @@ from anyarray_linear import (
     SoftmaxCrossEntropy,
     evaluate,
     fit,
+    load_checkpoint,
     predict,
 )
 from anyarray_linear.schedules import cosine
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_pythons_own():
+    """A parent that ignores SIGINT (nohup, some CI) hands that down, and then no handler is Python's own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def problem(rows=50, features=4, classes=3, dtype="float32"):
@@ -125,7 +134,7 @@ def test_training_is_the_loop_one_would_write_by_hand(backend):
                   optimizer=Adam(cosine(1e-2, 8)), epochs=2, batch_size=16, seed=5, progress=False)  # fmt: skip
     loss, optimizer, losses = SoftmaxCrossEntropy(), Adam(cosine(1e-2, 8)), []
     for epoch in range(2):
-        order = np.random.default_rng(np.random.SeedSequence(5, spawn_key=(epoch + 1,))).permutation(50)
+        order = np.random.default_rng(np.random.SeedSequence(5, spawn_key=(int.from_bytes(b"fit"), epoch + 1))).permutation(50)
         for rows in np.split(order, [16, 32, 48]):
             Z, caches = by_hand.forward(backend.asarray(X[rows]))
             value, cache = loss.forward(Z, backend.asarray(y[rows]))
@@ -171,6 +180,33 @@ def test_integer_features_are_cast_too():
     assert_same(weights(mine), weights(theirs))
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int8", "int16"])
+@pytest.mark.parametrize("there", [False, True], ids=["on the host", "on the device"])
+def test_class_ids_of_any_integer_dtype_train_alike(backend, dtype, there):
+    X, y = problem()
+    mine, theirs = network(backend), network(backend)
+    options = {"loss": SoftmaxCrossEntropy(), "epochs": 2, "batch_size": 16, "validation": 0.2, "progress": False}
+    ids = backend.asarray(y, dtype) if there else y.astype(dtype)
+    one = fit(mine, X, ids, optimizer=SGD(0.1), **options)
+    other = fit(theirs, X, y, optimizer=SGD(0.1), **options)
+    assert_same(weights(mine, backend), weights(theirs, backend))
+    for name in ("validation_loss", "validation_accuracy"):
+        assert one.rows[-1][name] == other.rows[-1][name]
+    assert evaluate(mine, X, ids, loss=options["loss"]) == evaluate(mine, X, y, loss=options["loss"])
+    with pytest.raises(ValueError, match="class ids from"):
+        fit(mine, X, ids + np.asarray(3, dtype) if not there else backend.asarray(y + 3, dtype), optimizer=SGD(0.1), **options)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64"])
+def test_unsigned_features_train_on_every_backend(backend, dtype):
+    X, y = np.arange(200).reshape(50, 4) % 7, problem()[1]
+    mine, theirs = network(backend), network(backend)
+    options = {"loss": SoftmaxCrossEntropy(), "epochs": 1, "batch_size": 16, "validation": 0.2, "progress": False}
+    fit(mine, backend.asarray(X, dtype), y, optimizer=SGD(0.1), **options)
+    fit(theirs, backend.asarray(X, "float32"), y, optimizer=SGD(0.1), **options)
+    assert_same(weights(mine, backend), weights(theirs, backend))
+
+
 def test_data_are_not_written_to(backend):
     X, y = problem()
     X_there, y_there = backend.asarray(X), backend.asarray(y)
@@ -198,6 +234,24 @@ def test_evaluate_weights_batches_by_their_rows_and_counts_hits(backend):
         scores = evaluate(model, X, y, loss=SoftmaxCrossEntropy(), batch_size=batch_size)
         assert scores["loss"] == pytest.approx(rows.mean(), rel=1e-13)
         assert scores["accuracy"] == (Z.argmax(axis=1) == y).mean()
+
+
+def test_accuracy_counts_every_id_of_targets_of_any_shape(backend):
+    X, y = problem(rows=60, dtype="float64")
+    X, y = X.reshape(10, 2, 3, 4), y.reshape(10, 2, 3)
+    model = network(backend, dtype="float64")
+    found = backend.to_numpy(model(backend.asarray(X))).argmax(axis=-1)
+    for batch_size in (3, 1024):
+        scores = evaluate(model, X, y, loss=SoftmaxCrossEntropy(), batch_size=batch_size)
+        assert scores["accuracy"] == (found == y).sum() / 60 < 1
+
+
+def test_outputs_that_are_not_numbers_are_never_right(backend):
+    X, y = problem()
+    model = network(backend)
+    model[2].b = backend.asarray(np.asarray([[np.nan, 0, 0]]), "float32")  # argmax says 0
+    with np.errstate(invalid="ignore"):
+        assert evaluate(model, X, 0 * y, loss=SoftmaxCrossEntropy())["accuracy"] == 0
 
 
 def test_evaluate_has_no_accuracy_for_real_targets():
@@ -264,18 +318,64 @@ def test_zero_epochs_train_nothing():
         ({"seed": "zero"}, TypeError, "seed is 'zero'"),
         ({"resume": True}, ValueError, "checkpoint=folder"),
         ({"checkpoint_every": 1}, ValueError, "checkpoint=folder"),
+        ({"y": np.full((50, 3), np.nan, np.float32)}, ValueError, "y has a value in row 0 (rows counted from 0) that is NaN or infinite"),
+        ({"X": np.ones((50, 4), np.complex64)}, TypeError, "X is complex64"),
+        ({"X": np.full((50, 4), "1")}, TypeError, "X is str"),
+        ({"X": np.full((50, 4), 1, object)}, TypeError, "X is object"),
+        ({"y": np.ones(50, np.complex128)}, TypeError, "y is complex128"),
+        ({"y": np.full(50, "a")}, TypeError, "y is str"),
+        ({"X": np.ones((50, 4)).view(np.matrix)}, TypeError, "X is a numpy matrix"),
+        ({"X": np.ma.MaskedArray(np.ones((50, 4)))}, TypeError, "X is a numpy MaskedArray"),
+        ({"y": np.ma.MaskedArray(np.zeros(50, int))}, TypeError, "y is a numpy MaskedArray"),
+        ({"validation": (np.ones((2, 4), complex), np.zeros(2, int))}, TypeError, "the validation X is complex128"),
+        ({"model": ReLU()}, ValueError, "model is ReLU(), which has no parameters to train"),
+        ({"model": ReLU}, TypeError, "model is the class ReLU"),
+        ({"model": None}, TypeError, "model is a NoneType"),
+        ({"loss": SoftmaxCrossEntropy}, TypeError, "loss is the class SoftmaxCrossEntropy; give an object such as"),
+        ({"loss": None}, TypeError, "loss is a NoneType"),
+        ({"optimizer": SGD}, TypeError, "optimizer is the class SGD; give an object such as"),
+        ({"optimizer": None}, TypeError, "optimizer is a NoneType"),
+        ({"callbacks": print}, TypeError, "give a list of functions"),
+        ({"callbacks": [1]}, TypeError, "give a list of functions"),
+        ({"validation": np.float32(1.5)}, ValueError, "validation is 1.5"),
     ],
 )
 def test_bad_arguments_are_refused_and_the_model_is_left_alone(change, error, words):
     X, y = problem()
     model, optimizer = network(), Adam()
     before = weights(model)
-    arguments = {"X": X, "y": y, "loss": SoftmaxCrossEntropy(), "optimizer": optimizer, "progress": False, **change}
+    seed = np.random.default_rng(0)
+    arguments = {"X": X, "y": y, "loss": SoftmaxCrossEntropy(), "optimizer": optimizer, "progress": False, "seed": seed, **change}
     with pytest.raises(error) as raised:
-        fit(model, arguments.pop("X"), arguments.pop("y"), **arguments)
+        fit(arguments.pop("model", model), arguments.pop("X"), arguments.pop("y"), **arguments)
     assert words in str(raised.value)
     assert_same(weights(model), before)
     assert optimizer.steps == 0
+    assert seed.bit_generator.seed_seq.n_children_spawned == 0
+
+
+def test_evaluate_and_predict_refuse_what_fit_refuses():
+    X, y = problem()
+    for bad in (X.astype(complex), X.astype(str), X.view(np.matrix), np.ma.MaskedArray(X)):
+        with pytest.raises(TypeError, match=r"^X is "):
+            evaluate(network(), bad, y, loss=SoftmaxCrossEntropy())
+        with pytest.raises(TypeError, match=r"^X is "):
+            predict(network(), bad)
+    with pytest.raises(TypeError, match="loss is the class"):
+        evaluate(network(), X, y, loss=SoftmaxCrossEntropy)
+    with pytest.raises(TypeError, match="model is the class"):
+        predict(Linear, X)
+
+
+def test_a_fraction_for_validation_may_be_a_numpy_number():
+    assert seen_batches(validation=np.float32(0.25)) == seen_batches(validation=0.25)
+    assert sum(map(len, seen_batches(validation=np.float64(0.3), epochs=1))) == 7
+
+
+def test_the_order_is_drawn_from_another_stream_than_the_weights_of_that_seed():
+    (batch,) = seen_batches(epochs=1, rows=40, batch_size=40, seed=3)
+    children = np.random.SeedSequence(3).spawn(40)  # those of Linear(seed=3), and all that a fit might have had
+    assert batch not in [np.random.default_rng(child).permutation(40).tolist() for child in children]
 
 
 def test_the_row_of_a_bad_value_is_named_where_data_are_on_the_device(backend):
@@ -357,6 +457,51 @@ def test_a_gradient_whose_sum_overflows_is_still_finite():
     fit(model, X, y, loss=MeanSquaredError(), optimizer=SGD(1e-38), epochs=1, progress=False)
     assert np.isfinite(model.W).all()
     assert (model.W != 0).all()
+
+
+@pytest.mark.parametrize("interrupt", ["flag", "ctrl-c"])
+def test_a_bad_step_is_told_when_training_is_stopped_later_in_its_epoch(backend, interrupt, tmp_path):
+    X, _ = problem()
+    flag, seen = threading.Event(), []
+    stop = flag.set if interrupt == "flag" else lambda: signal.raise_signal(signal.SIGINT)
+    model = Sequential(Watch(lambda X: seen.append(1) or (len(seen) == 7 and stop())), *network(backend))
+    before_it = network(backend)
+    options = {"optimizer": SGD(0.1), "batch_size": 16, "progress": False}
+    with pytest.raises(NonFiniteError, match=r"step 6 \(epoch 2, batch 2 of 4\)") as raised:
+        fit(model, X, X[:, :3].copy(), loss=SpoiledLoss({6}), epochs=3, stop=flag, checkpoint=tmp_path, **options)
+    assert raised.value.step == 6
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2  # of epoch 1, and the best: that of the stopped epoch is not saved
+    flag, count = threading.Event(), []
+    watched = Sequential(Watch(lambda X: count.append(1) or (len(count) == 5 and flag.set())), *before_it)
+    fit(watched, X, X[:, :3].copy(), loss=MeanSquaredError(), epochs=3, stop=flag, **{**options, "optimizer": SGD(0.1)})
+    assert_same(weights(model, backend), weights(watched, backend))
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_update_that_overflows_in_the_last_step_is_told_and_not_saved(backend, stopped, tmp_path):
+    X, y = problem()
+    flag = threading.Event()
+    schedule = [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 1e39]  # finite as a Python number, and infinite in float32
+
+    def lr(step):
+        if stopped and step == 7:
+            flag.set()
+        return schedule[step]
+
+    model = network(backend)
+    with pytest.raises(NonFiniteError, match=r"after step 8 \(epoch 2\) 0.W, .* the update itself overflowed.* 1e\+39") as raised:
+        fit(model, X, y, loss=SoftmaxCrossEntropy(), optimizer=SGD(lr), epochs=2 + stopped, batch_size=16, progress=False,
+            checkpoint=tmp_path, checkpoint_every=1, stop=flag)  # fmt: skip
+    assert len(raised.value.history.rows) == 1
+    state = load_checkpoint(tmp_path, network(), SGD(lr))
+    assert state["step"] == 7
+
+
+def test_weights_that_overflowed_before_the_bad_step_are_called_so(backend):
+    X, y = problem()
+    with pytest.raises(NonFiniteError, match=r"^step 4 .* the update before it overflowed"):
+        fit(network(backend), X, y, loss=SoftmaxCrossEntropy(), optimizer=SGD(lambda step: 1e39 if step == 2 else 0.1),
+            epochs=1, batch_size=16, progress=False)  # fmt: skip
 
 
 # stopping

@@ -125,7 +125,7 @@ def prepare(options: Any, group: Group | None = None) -> Run:
         x_scaling = _scaling(X, options, features)
         if classes is None:
             # one unit for all targets, so that the loss is the raw one but for a factor
-            shift = _scaling(y, options, None).shift
+            shift = _scaling(y, options, None, is_target=True).shift
             unit = float(np.sqrt(np.mean((y - shift) ** 2))) or 1.0
             y_scaling = Scaling(shift, np.asarray(1 / unit))
 
@@ -201,15 +201,28 @@ def _rows(y: Host, options: Any) -> dict[str, Host]:
     return dict(reversed({**parts, "train": rows}.items()))
 
 
-def _scaling(x: Host, options: Any, names: tuple[str, ...] | None) -> Scaling:
+def _scaling(x: Host, options: Any, names: tuple[str, ...] | None, is_target: bool = False) -> Scaling:
     """To mean 0 and variance 1; a column that never varies goes to 0, so that the model ignores it."""
+
+    def name(column: int) -> str:
+        return f"the column {names[column]!r}" if names else "the target" if is_target else f"column {column}"
+
     wide = x.astype(np.float64)
-    mean, spread = wide.mean(axis=0), wide.std(axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, spread = wide.mean(axis=0), wide.std(axis=0)
+    huge = ~np.isfinite(mean + spread)
+    if huge.any():
+        column = int(np.flatnonzero(huge)[0])
+        most = np.abs(wide).max(axis=0)
+        raise ValueError(
+            f"{options.data}: {name(column)} has values up to {np.atleast_1d(most)[column]:.3g}, whose variance overflows; "
+            "divide it by a constant"
+        )
     varies = x.max(axis=0) > x.min(axis=0)
     lost = varies & (np.abs(mean) * np.finfo(options.dtype).eps > 0.01 * spread)
     if lost.any():
         column = int(np.flatnonzero(lost)[0])
-        what = f"the column {names[column]!r}" if names else "the target" if x.ndim == 1 else f"column {column}"
+        what = name(column)
         m, s = np.atleast_1d(mean)[column], np.atleast_1d(spread)[column]
         raise ValueError(
             f"{options.data}: {what} varies by {s:.2g} around {m:.6g}, too little to be seen in {options.dtype}; "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
@@ -12,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import typer
 
 from .. import __version__, distributed
@@ -249,7 +252,16 @@ def _train(run: Run, options: Any, folder: Path, stop: StopSignals, group: distr
 
     model = run.for_raw_data()
     loss = run.loss if run.classes is not None else MeanSquaredError()
-    scores = {name: evaluate(model, X, y, loss=loss) for name, (X, y) in run.parts.items()}  # of what is saved, on raw data
+    with np.errstate(over="ignore", invalid="ignore"):  # told below; of what is saved, on raw data
+        scores = {name: evaluate(model, X, y, loss=loss) for name, (X, y) in run.parts.items()}
+    wrong = [name for name, score in scores.items() if not math.isfinite(score["loss"])]
+    if "train" in wrong:
+        raise ValueError(
+            f"the loss of the trained model is not finite on {', '.join(wrong)}: its outputs overflow {options.dtype}; "
+            "no model is written. Give a smaller --lr, or --clip-norm 1, or scale the data"
+        )
+    for name in wrong:
+        warnings.warn(f"the loss on {name} is not finite: for some of its samples the model overflows", stacklevel=2)
     summary = {"device": str(run.device), "seconds": round(seconds, 3), **scores}
     if group.size > 1:
         summary["ranks"] = group.size

@@ -17,7 +17,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from .._arrays import Array, Namespace, check_place
+from .._arrays import Array, Namespace
 from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh, _activation, _activation_gradient
 from ..losses import _reciprocal
 from ..optimizers import SGD, Adam, AdamW, Places, _apply
@@ -464,9 +464,6 @@ def apply(
             squares((blocks,), (THREADS,), (table, count, partial[first:]))
             first += blocks
     update = _kernel("update", source, dtype.char)
-    if where is not None:
-        check_place("the model", flat.W, "where", where)  # a kernel would not notice
-        where = where.astype(bool, copy=False).reshape(())
     moments = [*flat.moments, None, None][:2]
     for table, count, blocks in tables:
         clip = partial, np.int32(partials), wide(clip_norm)
