@@ -49,10 +49,12 @@ def ones_row(count: int, dtype: Any) -> Array:
     return row
 
 
+TALL = 2048
+"""Fewer rows are never worked through in blocks."""
+
+
 def block_rows(X: Array, W: Array) -> int:
-    """How many rows make a block; 0 where the rows are too few or too long for blocks to help."""
-    if X.shape[0] < 2048:
-        return 0
+    """How many rows make a block; 0 where they are too long, or too few, for blocks to help."""
     out_features, in_features = W.shape
     rows: int = BLOCK_BYTES // ((in_features + out_features) * X.itemsize)
     return rows if rows >= 512 and X.shape[0] >= 4 * rows else 0
@@ -60,7 +62,7 @@ def block_rows(X: Array, W: Array) -> int:
 
 def forward(xp: Namespace, X: Array, W: Array, b: Array | None) -> Array:
     """`Z = X W^T + b`."""
-    rows = block_rows(X, W)
+    rows = block_rows(X, W) if len(X) >= TALL else 0
     if not rows:
         Z = X.dot(W.T) if X.size < SMALL and W.size < SMALL else X @ W.T
         if b is not None:
@@ -79,7 +81,7 @@ def backward(
     xp: Namespace, dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool
 ) -> tuple[Array | None, Array, Array | None]:
     """`dX = dZ W`, `dW = dZ^T X` and `db = 1^T dZ`."""
-    rows = block_rows(X, W)
+    rows = block_rows(X, W) if len(X) >= TALL else 0
     if not rows:
         product = np.ndarray.dot if X.size < SMALL and W.size < SMALL else np.matmul
         db = ones_row(len(dZ), dZ.dtype).dot(dZ) if bias else None
