@@ -208,6 +208,17 @@ class Scenarios:
 
         return told(lambda: self.deep(rule=lambda: rule, callbacks=[spoil]))
 
+    def other_moments(self):
+        rule = Adam(1e-2)
+
+        def spoil(model, row):
+            if self.rank == 1:
+                state = rule.state_dict()
+                state["moments"]["0.W"]["V"][0, 0] += 1e-12
+                rule.load_state_dict(state)
+
+        return told(lambda: self.deep(rule=lambda: rule, callbacks=[spoil]))
+
     # each of these in a run of its own
 
     def resume(self):

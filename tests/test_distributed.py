@@ -46,6 +46,7 @@ ENVIRONMENT = {
 TOGETHER = [
     "linear", "linear_accumulated", "adam", "momentum", "half", "one_message", "rank0_rules", "stop", "callback", "nan_skipped",
     "nan_fatal", "failure", "failure_before", "disagreement", "other_weights", "other_optimizer",
+    "other_moments",
 ]  # fmt: skip
 BOUND = 60.0  # seconds in which every job must have ended that loses a rank; they take 1 to 8
 
@@ -372,7 +373,7 @@ def test_other_arguments_on_one_rank_are_told_before_anything_changes(together, 
 
 
 @needs_mpi
-@pytest.mark.parametrize("scenario", ["other_weights", "other_optimizer"])
+@pytest.mark.parametrize("scenario", ["other_weights", "other_optimizer", "other_moments"])
 def test_a_checksum_that_differs_stops_all_and_names_the_rank(together, scenario):
     for size, ranks in ((4, (1,)), (2, (0, 1))):  # of two, nobody can tell which one is right
         found, folder = together(size)
