@@ -15,11 +15,8 @@ What it answers:
 from __future__ import annotations
 
 import atexit
-import hashlib
-import logging
 import os
 import pickle
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -106,17 +103,6 @@ class Group:
 
     def claim(self, device: Device) -> None:
         """Raise `RankError` if another rank computes on the same CUDA device."""
-        if device.kind != "cuda":
-            return
-        card = doctor.load_cupy().cuda.runtime.getDeviceProperties(device.index)["uuid"], device.native.pci_bus_id
-        everyone = self.exchange((socket.gethostname(), card))
-        both = tuple(rank for rank, theirs in enumerate(everyone) if theirs == everyone[self.rank])
-        if len(both) > 1:
-            raise RankError(
-                f"{self._named(both)} have the same device, {device}; start no more ranks on a machine than it has devices, "
-                "and let each choose its own: device=group.device()",
-                both,
-            )
 
     def check(self, digest: str, when: str) -> None:
         """Raise `RankError` on every rank unless all have this digest; named are those who are not with the majority."""
@@ -146,6 +132,8 @@ class _MPI(Group):
     """Ranks over mpi4py."""
 
     def __init__(self, comm: Any, timeout: float, half: bool, device_buffers: bool | None) -> None:
+        import socket
+
         self.MPI = _mpi4py()
         self.base = (self.MPI.COMM_WORLD if comm is None else comm).Dup()
         self.timeout, self.half = float(timeout), bool(half)
@@ -171,6 +159,19 @@ class _MPI(Group):
             spec = os.environ.get("ANYARRAY_DEVICE") or ("cuda" if doctor.count() else "auto")
         # a launcher may let each rank see one card only, which is cuda:0 for all of them
         return select_device(f"cuda:{self.local_rank % max(1, doctor.count())}" if spec == "cuda" else spec)
+
+    def claim(self, device: Device) -> None:
+        if device.kind != "cuda":
+            return
+        card = doctor.load_cupy().cuda.runtime.getDeviceProperties(device.index)["uuid"], device.native.pci_bus_id
+        everyone = self.exchange((self.places[self.rank][0], card))
+        both = tuple(rank for rank, theirs in enumerate(everyone) if theirs == everyone[self.rank])
+        if len(both) > 1:
+            raise RankError(
+                f"{self._named(both)} have the same device, {device}; start no more ranks on a machine than it has devices, "
+                "and let each choose its own: device=group.device()",
+                both,
+            )
 
     def __str__(self) -> str:
         where = ", ".join(f"{rank} is process {pid} on {host}" for rank, (host, pid) in enumerate(self.places))
@@ -339,6 +340,8 @@ class _MPI(Group):
 
     def _pinned(self, x: Array) -> Any:
         """Page-locked memory on the host for `x`, the same each time."""
+        import logging
+
         import cupyx
 
         if not self._said and self.rank == 0:
@@ -469,6 +472,8 @@ def adopt(model: Any, optimizer: Any, sent: Mapping[str, Any]) -> None:
 
 def digest(model: Any, optimizer: Any, *more: Any) -> str:
     """The SHA-256 of weights, optimizer and whatever else has to be equal on all ranks."""
+    import hashlib
+
     state = snapshot(model, optimizer)
     found = hashlib.sha256(repr((state["optimizer"]["steps"], more)).encode())
     for name, W in state["weights"].items():
