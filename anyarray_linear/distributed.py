@@ -141,6 +141,8 @@ class _MPI(Group):
         self.local_rank = self.base.Split_type(self.MPI.COMM_TYPE_SHARED).rank
         self.device_buffers = self._takes_device_buffers() if device_buffers is None else bool(device_buffers)
         self.places = self.base.allgather((socket.gethostname(), os.getpid()))
+        spaces = self.base.allgather((socket.gethostname(), _process_space()))
+        self._seen = [rank for rank, space in enumerate(spaces) if space == spaces[self.rank] and space[1]]
         self._comm: Any = None  # of what is running now: what a failure leaves unfinished must not meet what comes later
         self._session = 0  # its number, and the tag of the messages about it
         self._joined = 0  # how many collective operations of it this rank has joined
@@ -223,7 +225,7 @@ class _MPI(Group):
 
         number: of the collective operation that is waited for. Whoever stops after having joined it holds up nobody here.
         """
-        began = time.monotonic()
+        began = looked = time.monotonic()
         while not done():
             waited = time.monotonic() - began
             if waited < 0.002:
@@ -235,6 +237,9 @@ class _MPI(Group):
                     raise _Late
                 if joined < number:
                     raise RankError(what, about)
+            if began + waited > looked + 0.5:
+                self._look(done)
+                looked = time.monotonic()
             if waited > self.timeout:
                 raise _Late
             time.sleep(0 if waited < 1 else 1e-3)
@@ -244,6 +249,18 @@ class _MPI(Group):
         status = self.MPI.Status()
         while self.base.Iprobe(tag=self._session, status=status):
             self._news[status.source] = self.base.recv(source=status.source, tag=self._session)
+
+    def _look(self, done: Callable[[], bool]) -> None:
+        """Raise `RankError` if a process on this machine is no more, and what it should have sent does not come."""
+        for rank in self._seen:
+            try:
+                os.kill(self.places[rank][1], 0)
+            except ProcessLookupError:
+                time.sleep(0.2)
+                if not done():
+                    raise RankError(f"{self._named((rank,))} has died", (rank,)) from None
+            except PermissionError:
+                pass  # it is there, and somebody else's
 
     def _part(self, error: BaseException) -> tuple[int, ...]:
         """Tell the other ranks why this one stops, and wait a moment for them to say so too; those that did not."""
@@ -437,6 +454,14 @@ def nccl(*, timeout: float = 300.0, half: bool = False) -> Group:
     where two ranks have one device, and `RuntimeError` where CuPy has no NCCL.
     """
     return _NCCL(timeout, half)
+
+
+def _process_space() -> str:
+    """What tells whether two processes see each other by number; `""` where that cannot be told."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _mpi4py() -> Any:

@@ -274,7 +274,7 @@ class Scenarios:
             os.kill(os.getpid(), signal.SIGKILL)
 
         loss = Faulty(34, die) if self.rank == 1 else Faulty(NEVER, fail)
-        return self.deep(loss=loss, checkpoint=self.folder / "killed", checkpoint_every=3)
+        return told(lambda: self.deep(loss=loss, checkpoint=self.folder / "killed", checkpoint_every=3))
 
     def shared_device(self):
         return told(lambda: self.deep(model=deep_model().to(self.group.device("cuda"))))

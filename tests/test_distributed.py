@@ -60,9 +60,9 @@ on_stand_in = pytest.mark.skipif(
 )
 
 
-def started(size, *command, **environment):
+def started(size, *command, launcher="", options=(), **environment):
     return subprocess.Popen(
-        [MPIEXEC, "-n", str(size), sys.executable, *map(str, command)],
+        [MPIEXEC + launcher, *options, "-n", str(size), sys.executable, *map(str, command)],
         env={**ENVIRONMENT, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -90,6 +90,10 @@ def together(tmp_path_factory):
         return found, folder
 
     return run
+
+
+def is_open_mpi():
+    return b"Open MPI" in subprocess.run([MPIEXEC, "--version"], capture_output=True, check=False).stdout
 
 
 def largest_difference(mine, theirs):
@@ -408,16 +412,33 @@ def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_goes_on_with_fewer(t
     _, code, said = launched(4, tmp_path, "kill")
     assert code != 0
     assert time.monotonic() - began < BOUND
-    pid = re.search(r"1 is process (\d+) on", said)
-    assert pid is not None, said
-    # mpiexec says which one it was: MPICH by its process, Open MPI by its rank, too
-    assert re.search(rf"PID {pid[1]}\b", said), said
     assert load_checkpoint(tmp_path / "killed", worker.deep_model(), Adam(1e-2))["step"] == 33
     found, code, said = launched(2, tmp_path, "resume", WORKER_CHECKPOINTS="killed")
     assert code == 0, said
     one, far = spread(lambda: Adam(1e-2, clip_norm=1.0))
     for rank in found:
         assert largest_difference(rank["resume"]["weights"], one) <= far
+
+
+@needs_mpi
+def test_a_killed_rank_is_named_by_the_launcher(tmp_path):
+    _, code, said = launched(4, tmp_path, "kill", launcher="" if is_open_mpi() else ".gforker")
+    assert code != 0
+    named = r"process rank 1 with PID" if is_open_mpi() else r"1: Return code = \d+, signaled with Killed"
+    assert re.search(named, " ".join(said.split())), said
+
+
+@needs_mpi
+def test_a_killed_rank_is_named_by_the_others_where_the_launcher_lets_them_live(tmp_path):
+    if not is_open_mpi():
+        pytest.skip("MPICH's mpiexec ends them at once")
+    found, code, said = launched(4, tmp_path, "kill", options=["--enable-recovery"])
+    assert code != 0
+    for rank in (0, 2, 3):
+        kind, message, about, seconds = found[rank]["kill"]
+        assert (kind, about) == ("RankError", (1,)), said
+        assert re.search(r"rank 1 \(process \d+ on .*\) has died", message)
+        assert seconds < BOUND / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,7 +488,7 @@ def test_sigterm_to_mpiexec_stops_all_ranks_after_a_step(tmp_path):
     for line in process.stderr:
         if line.startswith("epoch 3"):
             break
-    if b"Open MPI" in subprocess.run([MPIEXEC, "--version"], capture_output=True, check=False).stdout:
+    if is_open_mpi():
         process.kill()
         process.communicate()
         pytest.skip("Open MPI's mpiexec kills its ranks at once instead")
