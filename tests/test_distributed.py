@@ -422,8 +422,7 @@ def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_goes_on_with_fewer(t
 
 @needs_mpi
 def test_a_killed_rank_is_named_by_the_launcher(tmp_path):
-    _, code, said = launched(4, tmp_path, "kill", launcher="" if is_open_mpi() else ".gforker")
-    assert code != 0
+    _, _, said = launched(4, tmp_path, "kill", launcher="" if is_open_mpi() else ".gforker")
     named = r"process rank 1 with PID" if is_open_mpi() else r"1: Return code = \d+, signaled with Killed"
     assert re.search(named, " ".join(said.split())), said
 
