@@ -423,7 +423,7 @@ def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_goes_on_with_fewer(t
 @needs_mpi
 def test_a_killed_rank_is_named_by_the_launcher(tmp_path):
     _, _, said = launched(4, tmp_path, "kill", launcher="" if is_open_mpi() else ".gforker")
-    named = r"process rank 1 with PID" if is_open_mpi() else r"1: Return code = \d+, signaled with Killed"
+    named = r"process rank 1 with PID" if is_open_mpi() else r"1: ?Return code = \d+, signaled with Killed"
     assert re.search(named, " ".join(said.split())), said
 
 
@@ -475,9 +475,8 @@ def test_the_command_refuses_on_all_ranks(tmp_path, monkeypatch, arguments, word
     process = command(3, tmp_path / "a", "--distributed", "mpi", *arguments)
     _, err = process.communicate(timeout=BOUND)
     assert process.returncode == 2
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert all(words in line for line in lines)
-    assert len(lines) == (1 if "--hidden" in arguments else 3)  # what rank 0 says, others need not repeat
+    # what rank 0 says, others need not repeat; lines of several processes may run into each other
+    assert err.count("error: ") == err.count(words) == (1 if "--hidden" in arguments else 3)
     assert "Traceback" not in err
 
 
