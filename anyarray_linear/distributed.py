@@ -17,7 +17,6 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -104,17 +103,6 @@ class Group:
 
     def claim(self, device: Device) -> None:
         """Raise `RankError` if another rank computes on the same CUDA device."""
-        if device.kind != "cuda":
-            return
-        card = doctor.load_cupy().cuda.runtime.getDeviceProperties(device.index)["uuid"], device.native.pci_bus_id
-        everyone = self.exchange((platform.node(), card))
-        both = tuple(rank for rank, theirs in enumerate(everyone) if theirs == everyone[self.rank])
-        if len(both) > 1:
-            raise RankError(
-                f"{self._named(both)} have the same device, {device}; start no more ranks on a machine than it has devices, "
-                "and let each choose its own: device=group.device()",
-                both,
-            )
 
     def check(self, digest: str, when: str) -> None:
         """Raise `RankError` on every rank unless all have this digest; named are those who are not with the majority."""
@@ -144,13 +132,17 @@ class _MPI(Group):
     """Ranks over mpi4py."""
 
     def __init__(self, comm: Any, timeout: float, half: bool, device_buffers: bool | None) -> None:
+        import socket
+
         self.MPI = _mpi4py()
         self.base = (self.MPI.COMM_WORLD if comm is None else comm).Dup()
         self.timeout, self.half = float(timeout), bool(half)
         self.rank, self.size = self.base.rank, self.base.size
         self.local_rank = self.base.Split_type(self.MPI.COMM_TYPE_SHARED).rank
         self.device_buffers = self._takes_device_buffers() if device_buffers is None else bool(device_buffers)
-        self.places = self.base.allgather((platform.node(), os.getpid()))
+        self.places = self.base.allgather((socket.gethostname(), os.getpid()))
+        spaces = self.base.allgather((socket.gethostname(), _process_space()))
+        self._seen = [rank for rank, space in enumerate(spaces) if space == spaces[self.rank] and space[1]]
         self._comm: Any = None  # of what is running now: what a failure leaves unfinished must not meet what comes later
         self._session = 0  # its number, and the tag of the messages about it
         self._joined = 0  # how many collective operations of it this rank has joined
@@ -169,6 +161,19 @@ class _MPI(Group):
             spec = os.environ.get("ANYARRAY_DEVICE") or ("cuda" if doctor.count() else "auto")
         # a launcher may let each rank see one card only, which is cuda:0 for all of them
         return select_device(f"cuda:{self.local_rank % max(1, doctor.count())}" if spec == "cuda" else spec)
+
+    def claim(self, device: Device) -> None:
+        if device.kind != "cuda":
+            return
+        card = doctor.load_cupy().cuda.runtime.getDeviceProperties(device.index)["uuid"], device.native.pci_bus_id
+        everyone = self.exchange((self.places[self.rank][0], card))
+        both = tuple(rank for rank, theirs in enumerate(everyone) if theirs == everyone[self.rank])
+        if len(both) > 1:
+            raise RankError(
+                f"{self._named(both)} have the same device, {device}; start no more ranks on a machine than it has devices, "
+                "and let each choose its own: device=group.device()",
+                both,
+            )
 
     def __str__(self) -> str:
         where = ", ".join(f"{rank} is process {pid} on {host}" for rank, (host, pid) in enumerate(self.places))
@@ -220,7 +225,7 @@ class _MPI(Group):
 
         number: of the collective operation that is waited for. Whoever stops after having joined it holds up nobody here.
         """
-        began = time.monotonic()
+        began = looked = time.monotonic()
         while not done():
             waited = time.monotonic() - began
             if waited < 0.002:
@@ -232,6 +237,9 @@ class _MPI(Group):
                     raise _Late
                 if joined < number:
                     raise RankError(what, about)
+            if began + waited > looked + 0.5:
+                self._look(done)
+                looked = time.monotonic()
             if waited > self.timeout:
                 raise _Late
             time.sleep(0 if waited < 1 else 1e-3)
@@ -241,6 +249,18 @@ class _MPI(Group):
         status = self.MPI.Status()
         while self.base.Iprobe(tag=self._session, status=status):
             self._news[status.source] = self.base.recv(source=status.source, tag=self._session)
+
+    def _look(self, done: Callable[[], bool]) -> None:
+        """Raise `RankError` if a process on this machine is no more, and what it should have sent does not come."""
+        for rank in self._seen:
+            try:
+                os.kill(self.places[rank][1], 0)
+            except ProcessLookupError:
+                time.sleep(0.2)
+                if not done():
+                    raise RankError(f"{self._named((rank,))} has died", (rank,)) from None
+            except PermissionError:
+                pass  # it is there, and somebody else's
 
     def _part(self, error: BaseException) -> tuple[int, ...]:
         """Tell the other ranks why this one stops, and wait a moment for them to say so too; those that did not."""
@@ -337,11 +357,11 @@ class _MPI(Group):
 
     def _pinned(self, x: Array) -> Any:
         """Page-locked memory on the host for `x`, the same each time."""
+        import logging
+
         import cupyx
 
         if not self._said and self.rank == 0:
-            import logging
-
             logging.getLogger(__name__).warning(
                 "%s does not say that it is CUDA-aware, so gradients go through host memory; "
                 "if it is, set ANYARRAY_MPI_CUDA=1",
@@ -434,6 +454,14 @@ def nccl(*, timeout: float = 300.0, half: bool = False) -> Group:
     where two ranks have one device, and `RuntimeError` where CuPy has no NCCL.
     """
     return _NCCL(timeout, half)
+
+
+def _process_space() -> str:
+    """What tells whether two processes see each other by number; `""` where that cannot be told."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _mpi4py() -> Any:

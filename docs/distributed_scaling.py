@@ -97,8 +97,8 @@ def all_done(requests: list[Any]) -> bool:
 
 
 def overlaps(group: Any, batch: int, sizes: tuple[int, ...]) -> dict[str, list[float]]:
-    """Seconds of backward and all-reduce: one message afterwards, or one per layer as soon as its gradient is there."""
-    model, packed, found = network(sizes), None, {"after": [], "overlapped": []}
+    """Seconds of backward and all-reduce: one message afterwards, or one per array, afterwards or as soon as it is there."""
+    model, packed, found = network(sizes), None, {"after": [], "apart": [], "overlapped": []}
     X = np.random.default_rng(group.rank).standard_normal((batch, sizes[0]), dtype=np.float32)
     Z, caches = model.forward(X)
     with group.running():
@@ -112,7 +112,9 @@ def overlaps(group: Any, batch: int, sizes: tuple[int, ...]) -> dict[str, list[f
                     if way == "overlapped":
                         requests += [group._comm.Iallreduce(group.MPI.IN_PLACE, dW) for dW in more.values()]
                         all_done(requests)
-                if way == "overlapped":
+                if way == "apart":
+                    requests = [group._comm.Iallreduce(group.MPI.IN_PLACE, dW) for dW in gradients]
+                if requests:
                     group._wait(partial(all_done, requests), group._joined)
                 else:
                     packed = np.concatenate(gradients, out=packed)  # the same memory each time

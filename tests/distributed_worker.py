@@ -172,6 +172,36 @@ class Scenarios:
         loss = Faulty(15, lambda value: value * np.nan) if self.rank == 1 else Faulty(NEVER, fail)
         return told(lambda: self.deep(loss=loss))
 
+    def nan_slow(self):
+        """All look at the fatal step again, by one more all-reduce, whose end rank 0 notices after the others have left."""
+
+        class Late:
+            def __init__(self, request):
+                self.request, self.until = request, time.monotonic() + 0.5
+
+            def Test(self):
+                return time.monotonic() > self.until and self.request.Test()
+
+        class Slow:
+            def __init__(self, comm):
+                self.comm, self.calls = comm, 0
+
+            def Iallreduce(self, *arguments):
+                self.calls += 1
+                request = self.comm.Iallreduce(*arguments)
+                return Late(request) if self.calls == 21 else request
+
+            def __getattr__(self, name):
+                return getattr(self.comm, name)
+
+        def action():
+            with self.group.running():
+                if self.rank == 0:
+                    self.group._comm = Slow(self.group._comm)
+                return self.deep(loss=Faulty(15, lambda value: value * np.nan) if self.rank == 1 else Faulty(NEVER, fail))
+
+        return told(action)
+
     def failure(self):
         def action():
             return self.deep(loss=Faulty(14, fail) if self.rank == 1 else Faulty(NEVER, fail), checkpoint=self.folder / "failed")
@@ -208,6 +238,17 @@ class Scenarios:
 
         return told(lambda: self.deep(rule=lambda: rule, callbacks=[spoil]))
 
+    def other_moments(self):
+        rule = Adam(1e-2)
+
+        def spoil(model, row):
+            if self.rank == 1:
+                state = rule.state_dict()
+                state["moments"]["0.W"]["V"][0, 0] += 1e-12
+                rule.load_state_dict(state)
+
+        return told(lambda: self.deep(rule=lambda: rule, callbacks=[spoil]))
+
     # each of these in a run of its own
 
     def resume(self):
@@ -233,7 +274,7 @@ class Scenarios:
             os.kill(os.getpid(), signal.SIGKILL)
 
         loss = Faulty(34, die) if self.rank == 1 else Faulty(NEVER, fail)
-        return self.deep(loss=loss, checkpoint=self.folder / "killed", checkpoint_every=3)
+        return told(lambda: self.deep(loss=loss, checkpoint=self.folder / "killed", checkpoint_every=3))
 
     def shared_device(self):
         return told(lambda: self.deep(model=deep_model().to(self.group.device("cuda"))))
