@@ -204,7 +204,8 @@ class Device:
         # streams of two cards do not wait for each other, and events make them, without the host
         cuda = doctor.load_cupy().cuda
         with here:
-            x, theirs, ready = self.xp.ascontiguousarray(x), cuda.get_current_stream(), cuda.Event(disable_timing=True)
+            x = x if x.flags.c_contiguous else x.copy()  # here, or the copy below would do it behind the event's back
+            theirs, ready = cuda.get_current_stream(), cuda.Event(disable_timing=True)
             ready.record(theirs)
         with self:
             ours, done = cuda.get_current_stream(), cuda.Event(disable_timing=True)

@@ -8,7 +8,7 @@ something is wrong. Hyper-parameters are Python floats: a NumPy scalar would tur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ._arrays import (
@@ -226,7 +226,7 @@ class _Optimizer:
         rule or one that is damaged, and leaves this optimizer as it was.
         """
         if not isinstance(state, Mapping):
-            raise TypeError(f"state is a {type(state).__name__}; pass what state_dict gave")
+            raise ValueError(f"state is a {type(state).__name__}; pass what state_dict gave")
         own = self._hyperparameters()
         try:
             rule, steps, hyper, moments = (state[k] for k in ("rule", "steps", "hyperparameters", "moments"))
@@ -385,7 +385,7 @@ class Adam(_Optimizer):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__(lr, weight_decay, clip_norm)
-        if not isinstance(betas, Sequence) or len(betas) != 2:
+        if isinstance(betas, (str, Mapping)) or not hasattr(betas, "__getitem__") or len(betas) != 2:
             raise ValueError(f"betas is {betas!r}; it must be two numbers, such as (0.9, 0.999)")
         self.betas = _real("betas[0]", betas[0], 0.0, 1.0), _real("betas[1]", betas[1], 0.0, 1.0)
         self.eps = _real("eps", eps)

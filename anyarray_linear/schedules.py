@@ -11,10 +11,14 @@ from typing import Any
 Schedule = Callable[[int], float]
 
 
-def _real(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
-    """`value` as a Python float in `[low, high)`."""
+def _number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r:.60}, a {type(value).__name__}; it must be a Python number")
+
+
+def _real(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
+    """`value` as a Python float in `[low, high)`."""
+    _number(name, value)
     number = float(value)
     if not low <= number < high:
         raise ValueError(f"{name} is {number}; it must be at least {low} and below {high}")
@@ -22,7 +26,8 @@ def _real(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> fl
 
 
 def _positive(name: str, value: Any) -> None:
-    if not _real(name, value, -math.inf) > 0:
+    _number(name, value)
+    if not value > 0:
         raise ValueError(f"{name} is {value!r}; it must be greater than 0")
 
 
@@ -52,8 +57,9 @@ def cosine(lr: float, steps: int, *, warmup: int = 0, final: float = 0.0) -> Sch
     """
     _positive("lr", lr)
     _positive("steps", steps)
-    _real("final", final, -math.inf)
-    if not 0 <= _real("warmup", warmup, -math.inf) < steps:
+    _number("final", final)
+    _number("warmup", warmup)
+    if not 0 <= warmup < steps:
         raise ValueError(f"warmup is {warmup!r}; it must be from 0 to below steps = {steps!r}")
     return partial(_cosine, lr, steps, warmup, final)
 
@@ -79,6 +85,6 @@ def step_decay(lr: float, every: int, factor: float) -> Schedule:
 
 def _decayed(lr: float, every: int, factor: float, step: int) -> float:
     try:
-        return lr * float(factor) ** (step // every)
+        return float(lr * float(factor) ** (step // every))
     except OverflowError:  # the optimizer refuses such a rate, and says so
         return math.inf

@@ -434,7 +434,7 @@ def _derivative(
                 return half_slope, half_rounding
             raise ValueError(
                 f"no step of {name} is small enough for this layer and large enough for float64: at {h / 2:.1g} the "
-                f"rounding of the outputs, up to {float(np.max(np.abs(Z))):.2g}, hides the slope; scale the operands to sizes near 1"
+                f"rounding of the outputs, up to {float(np.max(np.abs(Z))):.2g}, hides the slope; scale the operands"
             )
         h, slope, bend, rounding = h / 2, half_slope, half_bend, half_rounding
     raise ValueError(

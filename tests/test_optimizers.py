@@ -185,7 +185,7 @@ def test_betas_that_are_no_two_numbers_are_refused(betas):
 
 @pytest.mark.parametrize("state", [None, [], 3])
 def test_a_state_that_is_no_mapping_is_refused(state):
-    with pytest.raises(TypeError, match=r"^state is a .*; pass what state_dict gave"):
+    with pytest.raises(ValueError, match=r"^state is a .*; pass what state_dict gave"):
         SGD(0.1).load_state_dict(state)
 
 
