@@ -412,7 +412,8 @@ def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_goes_on_with_fewer(t
     _, code, said = launched(4, tmp_path, "kill")
     assert code != 0
     assert time.monotonic() - began < BOUND
-    assert load_checkpoint(tmp_path / "killed", worker.deep_model(), Adam(1e-2))["step"] == 33
+    # it was killed in step 34; rank 0 may have been writing the checkpoint of step 33 then
+    assert load_checkpoint(tmp_path / "killed", worker.deep_model(), Adam(1e-2))["step"] in (30, 33)
     found, code, said = launched(2, tmp_path, "resume", WORKER_CHECKPOINTS="killed")
     assert code == 0, said
     one, far = spread(lambda: Adam(1e-2, clip_norm=1.0))
