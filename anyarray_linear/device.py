@@ -123,12 +123,12 @@ class Device:
             return x  # the usual case in training, and a tenth of the time of what follows
         if isinstance(x, np.generic):
             x = np.asarray(x)
+        elif peculiar(x):
+            check_array("x", x)  # which raises
         elif not is_array(x) and hasattr(x, "__dlpack_device__"):
             kind, index = _dlpack_place(x)
             x = (_cuda_device(index) if kind == _DLPACK_CUDA else _cpu()).from_dlpack(x)
         elif not is_array(x):
-            if peculiar(x):
-                check_array("x", x)
             x = np.asarray(x)
             if dtype is None and x.dtype.kind == "f":
                 dtype = self.default_float
