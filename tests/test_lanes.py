@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import pickle
+import sys
 import threading
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +68,30 @@ def test_row_blocks_give_the_same_products(shape, dtype, monkeypatch):
         assert mine.dtype == theirs.dtype
         assert mine.shape == theirs.shape
         assert (abs(mine - theirs) <= 2 * 1.1 * n * u * scale).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_has_threads_of_its_own():
+    # a child inherits the pool but none of its threads; what it hands to them would wait for ever, and the alarm ends it
+    code = """
+import os, signal, threading, time
+from anyarray_linear.lanes import numpy as lane
+done = []
+lane._on_cores(lambda: done.append(threading.get_ident()) or time.sleep(0.1), 3)
+assert len(set(done)) == 3
+time.sleep(0.2)
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    done.clear()
+    lane._on_cores(lambda: done.append(1) or time.sleep(0.1), 3)
+    os._exit(0 if len(done) == 3 else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    # since Python 3.12, fork warns of threads: there are some here on purpose
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))}
+    assert subprocess.check_output(command, env=environment, text=True, timeout=120).strip() == "0"
 
 
 def test_blocks_are_used_for_tall_inputs_only():

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Unavailable, _cuda, make_backend
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -285,8 +290,40 @@ def test_arguments_that_do_not_fit_are_refused_by_name(change, error, words):
 def test_default_devices_are_the_cpu_and_every_cuda_device():
     devices = usable_devices()
     assert str(devices[0]) == "cpu"
-    assert {device.kind for device in devices[1:]} <= {"cuda"}
+    try:
+        count = len(_cuda()[1])
+    except Unavailable:
+        count = 0
+    assert [str(device) for device in devices[1:]] == [f"cuda:{index}" for index in range(count)]
     assert "cpu" not in map(str, usable_devices("float16"))  # NumPy has no float16 products with float32 sums
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_compare_allows_what_tf32_rounds_away_where_it_is_on_and_only_there(tf32):
+    try:
+        make_backend("cupy:0")
+    except Unavailable as why:
+        pytest.skip(str(why))
+    # an error between the two gates, in an otherwise right result; CuPy looks at the variable once per process
+    code = """
+import numpy as np
+from spoiled import Spoiled
+from anyarray_linear import doctor
+from anyarray_linear.testing import adjoint_check, compare, linear_error_bounds
+rng = np.random.default_rng(0)
+X, W, dZ = (rng.standard_normal(shape).astype(np.float32) for shape in ((6, 512), (7, 512), (6, 7)))
+exact, tf32 = (linear_error_bounds(X, W, dZ=dZ, sharp=True, tf32=on)["Z"][0, 0] for on in (False, True))
+layer = Spoiled.from_arrays(W).to("cuda:0")
+layer.spoil = ("Z", (0, 0), 3 * exact)
+assert 100 * exact < tf32
+print(doctor.float32_products(0), [bool(a.complaint) for a in compare(layer, X, dZ, "cuda:0", sharp=True)])
+"""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUPY_TF32": str(int(tf32))}
+    found = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True, timeout=120)
+    if tf32 and found.startswith("float32"):
+        pytest.skip("this card has no TF32")
+    assert found.strip() == f"{'TF32' if tf32 else 'float32'} [{not tf32}, False, False]"
 
 
 def test_compare_reports_a_wrong_result_without_raising():
