@@ -6,7 +6,7 @@ What it is careful about:
 - No step turns a device array into a Python number. The loss is summed on the device and read once per epoch, and whether
   a step may be applied (loss and gradients finite) is decided on the device too.
 - The order of epoch `e` is a function of the seed and `e` alone. So a run can stop after any step and go on elsewhere.
-- A step is never cut in half: Ctrl-C, or the stop flag, takes effect between two steps.
+- Ctrl-C, or the stop flag, takes effect between two steps. A second Ctrl-C may cut a step in half, which is then not saved.
 - With a `group`, all ranks take the same steps, and all leave together; what they say to each other is in `distributed`.
 """
 
@@ -410,7 +410,8 @@ def fit(
     every batch. Weights, optimizer and seed are then rank 0's, which alone shows progress and reads and writes checkpoints.
     Callbacks run on all ranks, since all must change alike; if one says stop, all stop, and so with `stop` and Ctrl-C.
 
-    Returns the `History`; `interrupted` is true when Ctrl-C or the stop flag ended training.
+    Returns the `History`; `interrupted` is true when Ctrl-C or the stop flag ended training. A second Ctrl-C does not wait for
+    the step at hand: where it cuts a step in half, `model` and `optimizer` are left so, and the last checkpoint stays the last.
 
     Raises, before anything is trained, `TypeError` or `ValueError` for arguments that do not fit, NaN or infinite data and
     class ids out of range. Raises `NonFiniteError` at the end of the epoch in which a loss or gradient was NaN or infinite,
@@ -487,7 +488,8 @@ def fit(
                 run.history.interrupted = True
             if run.history.interrupted:
                 run.judge()
-                saver.save()
+                if run.whole:
+                    saver.save()
     return run.history
 
 
@@ -517,6 +519,7 @@ class _Run:
         self.history = History()
         self.epoch = self.step = self.position = 0
         self.stopped = False
+        self.whole = True  # between two steps, all of this agrees with the weights and with the optimizer
         self.seconds = 0.0
 
     def order(self) -> np.ndarray[Any, Any]:
@@ -563,11 +566,13 @@ class _Run:
         for X, y in self.data.batches(self.order(), self.batch_size, self.position, self.group):
             rows = min(self.batch_size, self.count - self.position)
             value, gradients, told = self.gradients(X, y, rows, self.group.size > 1 and wants_stop())
+            self.whole = False
             where = self.guard.judge(self.step + 1, value, gradients.values(), rows)
             self.optimizer.step(self.model, gradients, where=where)
             del value, gradients, where
             self.step += 1
             self.position += rows
+            self.whole = True
             self.seconds = time.perf_counter() - began
             self.history.interrupted = told if self.group.size > 1 else wants_stop()
             yield

@@ -97,6 +97,36 @@ def test_stopping_after_any_step_and_going_on_changes_no_bit(backend, rule, tmp_
         assert not second.interrupted
 
 
+class CutInHalf(AdamW):
+    """A rule that Ctrl-C, pressed twice, interrupts in one of its steps, between two parameters."""
+
+    cut = 0
+
+    def _update(self, xp, W, *more):
+        new = super()._update(xp, W, *more)
+        if self.steps == self.cut:
+            W[...] = new[0]  # as a lane does that updates in place
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return new
+
+
+def test_a_step_that_a_second_ctrl_c_cuts_in_half_is_not_saved(tmp_path):
+    whole, optimizer = network(), CutInHalf(1e-2)
+    train(whole, CutInHalf(1e-2))
+    optimizer.cut = 4
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert train(network(), optimizer, checkpoint=tmp_path, checkpoint_every=2).interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert optimizer.steps == 4
+    resumed, again = network(), CutInHalf(1e-2)
+    assert load_checkpoint(tmp_path, resumed, again)["step"] == again.steps == 2
+    train(resumed, CutInHalf(1e-2), checkpoint=tmp_path, resume=True)
+    assert_same(weights(resumed), weights(whole))
+
+
 def test_a_run_may_stop_many_times(tmp_path):
     whole, optimizer = network(), Adam(1e-2)
     history = train(whole, optimizer)
