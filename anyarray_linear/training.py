@@ -481,7 +481,9 @@ def fit(
                     bar.epoch(row)
                     answers = [callback(model, row) for callback in callbacks]  # all, also when the first says stop
                     run.settle(any(answers))
-                    saver.after_epoch(row)
+                    saver.save()
+                if not run.history.interrupted:  # it may have come in the last epoch's validation or callbacks
+                    run.history.interrupted = any(group.exchange(interrupted() or (stop is not None and stop.is_set())))
             except KeyboardInterrupt:  # raised by a callback, or where Ctrl-C could not be deferred
                 if group.size > 1:  # the others are elsewhere
                     raise
@@ -521,6 +523,8 @@ class _Run:
         self.stopped = False
         self.whole = True  # between two steps, all of this agrees with the weights and with the optimizer
         self.seconds = 0.0
+        self.best = math.inf  # the best score of an epoch, and whether it is that of these weights and not saved yet
+        self.is_best = False
 
     def order(self) -> np.ndarray[Any, Any]:
         """The rows of this epoch, in its order."""
@@ -622,9 +626,14 @@ class _Run:
             scores = _evaluate(self.model, self.held, self.loss, max(self.batch_size, 1024))
             row.update({f"validation_{name}": score for name, score in scores.items()})
         row["seconds"] = self.seconds + time.perf_counter() - began
+        score = row.get("validation_loss", row["loss"])
+        self.whole = False
+        if score < self.best:  # and not where it is NaN
+            self.best, self.is_best = score, True
         self.history.rows.append(row)
         self.epoch, self.position, self.seconds = self.epoch + 1, 0, 0.0
         self.guard.start_epoch()
+        self.whole = True
         return row
 
     def judge(self) -> tuple[float, int]:
@@ -679,6 +688,7 @@ class _Run:
             "data": {"rows": len(self.data), "training_rows": self.count, "batch_size": self.batch_size},
             "guard": {"total": total, "rows": rows, "bad": bad, "fatal": fatal},
             "history": self.history.rows,
+            "best": self.best,
             "stopped": self.stopped,
         }
 
@@ -697,7 +707,7 @@ class _Run:
     def restore(self, state: dict[str, Any]) -> None:
         """Be where `state` was saved."""
         self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
-        self.seconds, self.stopped = state["seconds"], state["stopped"]
+        self.seconds, self.stopped, self.best = state["seconds"], state["stopped"], state["best"]
         self.history.rows[:] = state["history"]
         guard = state["guard"]
         self.history.skipped = self.guard.bad = guard["bad"]
@@ -709,7 +719,6 @@ class _Saver:
 
     def __init__(self, folder: str | os.PathLike[str] | None, every: int | None, run: _Run) -> None:
         self.folder, self.every, self.run = folder, every, run
-        self.best = math.inf
         self._lock: Any = None
 
     def begin(self, resume: bool) -> None:
@@ -731,7 +740,6 @@ class _Saver:
                 run = self.run
                 state = files.load_checkpoint(self.folder, run.model, run.optimizer, check=run.check)
                 run.restore(state)
-                self.best = state["best"]
         except BaseException:
             self.__exit__()
             raise
@@ -749,23 +757,16 @@ class _Saver:
         if self.every and self.run.step % self.every == 0:
             self.save()
 
-    def after_epoch(self, row: Row) -> None:
-        """Save after an epoch, and keep the best one apart."""
-        score = row["validation_loss" if "validation_loss" in row else "loss"]
-        best = score < self.best
-        self.best = min(score, self.best)
-        self.save(best=best)
-
-    def save(self, best: bool = False) -> None:
-        """Write a checkpoint, unless a step that must not be kept was among the last ones."""
+    def save(self) -> None:
+        """Write a checkpoint, the best one apart too, unless a step that must not be kept was among the last ones."""
         if self.folder is None:
             return
         from .checkpoint import save_checkpoint
 
         state = self.run.state()
         if not state["guard"]["fatal"] and not self.run.overflowed():
-            state["best"] = self.best
-            save_checkpoint(self.folder, self.run.model, self.run.optimizer, state=state, best=best)
+            save_checkpoint(self.folder, self.run.model, self.run.optimizer, state=state, best=self.run.is_best)
+            self.run.is_best = False
 
 
 def _evaluate(model: Any, data: _Data, loss: Any, batch_size: int) -> dict[str, float]:

@@ -177,6 +177,64 @@ def test_checkpoints_are_kept_by_number_and_the_best_apart(tmp_path):
     assert_same(weights(best), weights(at_best))
 
 
+def interrupt(model, row):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("end", ["stop", "interrupt"])
+def test_the_best_is_known_across_an_interrupt_and_a_resume(end, tmp_path):
+    losses = [row["validation_loss"] for row in train(network(), Adam(1e-1), epochs=12).rows]
+    best = int(np.argmin(losses)) + 1
+    assert 1 < best < 12
+    assert losses[best] > losses[best - 1]  # so that one who starts to compare after the best would take a later one
+    options = {"epochs": 12, "checkpoint": tmp_path}
+
+    def at_best(model, row):
+        if row["epoch"] == best:
+            return True if end == "stop" else interrupt(model, row)
+
+    first = train(network(), Adam(1e-1), callbacks=[at_best], **options)
+    assert (len(first.rows), first.interrupted) == (best, end == "interrupt")
+    found = weights(load_model(tmp_path / "best.safetensors"))
+    second = train(network(), Adam(1e-1), resume=True, **options)
+    assert len(second.rows) == (best if end == "stop" else 12)  # a callback's word to stop holds
+    assert_same(weights(load_model(tmp_path / "best.safetensors")), found)
+    at_best = network()
+    train(at_best, Adam(1e-1), epochs=best)
+    assert_same(found, weights(at_best))
+
+
+def test_an_epoch_whose_loss_is_not_a_number_is_not_the_best(tmp_path):
+    class Often(SoftmaxCrossEntropy):
+        """NaN in every step of the second epoch."""
+
+        calls = -1  # fit looks at one row before
+
+        def forward(self, Z, target):
+            value, cache = super().forward(Z, target)
+            self.calls += 1
+            return (value * np.nan if 7 < self.calls <= 14 else value), cache
+
+    X, y = data()
+    history = fit(network(), X[:40], y[:40], loss=Often(), optimizer=SGD(1e-9), batch_size=6, epochs=3, skip_nonfinite=7,
+                  checkpoint=tmp_path, progress=False)  # fmt: skip
+    assert np.isnan(history.rows[1]["loss"])
+    state = load_checkpoint(tmp_path, network(), SGD(1e-9))
+    assert state["best"] == min(history.rows[0]["loss"], history.rows[2]["loss"])
+
+
+@pytest.mark.parametrize("when", ["callback", "flag"])
+def test_ctrl_c_in_the_last_epochs_callbacks_is_told(when):
+    flag = threading.Event()
+    press = flag.set if when == "flag" else lambda: signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        history = train(network(), Adam(), epochs=2, stop=flag, callbacks=[lambda m, row: row["epoch"] == 2 and press()])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (len(history.rows), history.interrupted) == (2, True)
+
+
 def test_checkpoint_every_writes_after_so_many_steps(tmp_path):
     train(network(), Adam(), epochs=1, checkpoint=tmp_path, checkpoint_every=3, stop=StopAfter(7))
     assert [path.name for path in checkpoints(tmp_path)] == [f"step-{step:09}.safetensors" for step in (7, 6, 3)]
