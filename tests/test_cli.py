@@ -510,6 +510,31 @@ def test_damaged_config_is_one_line(run: Callable[..., Outcome], content: bytes)
     assert Path("out/config.json").read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("out", "elsewhere"), ("help", True), ("resume", False), ("overwrite", True), ("distributed", "mpi"), ("processes", "mpi"),
+     ("no-such", 1), ("hidden", True), ("device", True), ("checkpoint_every", True), ("standardize", "x"), ("seed", "1 --out=elsewhere")],
+)  # fmt: skip
+def test_a_config_cannot_command_what_it_is_not_for(run: Callable[..., Outcome], name: str, value: object) -> None:
+    assert run("train", "--out", "out", "--epochs", 1, *SMALL).code == 0
+    config = loads(Path("out/config.json"))
+    config["options"][name] = value
+    Path("out/config.json").write_text(json.dumps(config))
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert_refused(run("train", "--out", "out", "--resume"), name.replace("_", "-"))
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
+def test_a_config_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / "config.json")
+    with started("train", "--out", "out", "--resume", cwd=tmp_path) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "config.json is no regular file" in err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_ends_training_with_all_files_and_resume_is_bit_identical(

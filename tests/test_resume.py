@@ -216,11 +216,11 @@ def test_an_epoch_whose_loss_is_not_a_number_is_not_the_best(tmp_path):
             return (value * np.nan if 7 < self.calls <= 14 else value), cache
 
     X, y = data()
-    history = fit(network(), X[:40], y[:40], loss=Often(), optimizer=SGD(1e-9), batch_size=6, epochs=3, skip_nonfinite=7,
+    history = fit(network(), X[:40], y[:40], loss=Often(), optimizer=SGD(1e-9), batch_size=6, epochs=2, skip_nonfinite=7,
                   checkpoint=tmp_path, progress=False)  # fmt: skip
     assert np.isnan(history.rows[1]["loss"])
     state = load_checkpoint(tmp_path, network(), SGD(1e-9))
-    assert state["best"] == min(history.rows[0]["loss"], history.rows[2]["loss"])
+    assert state["best"] == history.rows[0]["loss"]
 
 
 @pytest.mark.parametrize("when", ["callback", "flag"])
