@@ -1017,6 +1017,62 @@ def test_a_second_thread_is_refused_and_the_same_one_is_not(tmp_path: Path) -> N
     assert f"another thread of this process, {os.getpid()}, is writing" in said[1]
 
 
+def outsider(folder: Path) -> str:
+    """What another process is told that wants to write into the folder; nothing if it gets in."""
+    code = "import sys\nfrom anyarray_linear._files import locked\nwith locked(sys.argv[1]): pass"
+    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True).stderr
+
+
+def test_who_copies_the_folder_does_not_let_others_in(tmp_path: Path) -> None:
+    import shutil
+
+    with locked(tmp_path / "run"):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        assert f"process {os.getpid()} is writing into this folder" in outsider(tmp_path / "run")
+    assert outsider(tmp_path / "run") == ""
+
+
+@pytest.mark.parametrize("what", [".lock", "the folder"])
+def test_a_lock_of_a_file_that_is_no_longer_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Who had the folder removes its lock, or the folder, after another process has opened the file."""
+    folder, lock, calls = tmp_path / "run", files._lock, []
+
+    def late(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (folder / ".lock").unlink()
+            if what == "the folder":
+                folder.rmdir()
+        lock(descriptor)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with locked(folder):
+        assert len(calls) == 2
+        assert "is writing into this folder" in outsider(folder)
+    assert outsider(folder) == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_a_forked_process_has_no_lock_and_does_not_keep_its_parents(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    child, said = 0, []
+    with locked(tmp_path / "run"):
+        child = os.fork()
+        if not child:  # it leaves the block too, as by an exception, and then stays
+            os.close(write)
+        else:
+            said.append(outsider(tmp_path / "run"))
+    if not child:
+        os.read(read, 1)
+        os._exit(0)
+    said.append(outsider(tmp_path / "run"))
+    os.close(write)
+    os.close(read)
+    assert os.waitpid(child, 0)[1] == 0
+    assert f"process {os.getpid()} is writing" in said[0]
+    assert said[1] == ""
+
+
 def test_an_error_inside_lets_go_of_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), locked(tmp_path):
         _ = 1 / 0

@@ -18,7 +18,7 @@ import numpy as np
 import typer
 
 from .. import __version__, distributed
-from .._files import locked
+from .._files import locked, sweep
 from ..checkpoint import checkpoints
 from ..losses import MeanSquaredError
 from ..training import History, evaluate, fit
@@ -156,6 +156,7 @@ def _started(options: Any, group: distributed.Group) -> int:
     _refuse_a_used(folder, options)
     is_new = not folder.exists()
     with StopSignals() as stop, locked(folder / _CHECKPOINTS):
+        sweep(folder)
         if options.overwrite:
             _clear(folder)
         try:
