@@ -786,6 +786,62 @@ def test_a_hostile_file_is_refused_by_name_at_once(tmp_path: Path, which: str) -
     assert list(tmp_path.iterdir()) == [path]
 
 
+def sparse(path: Path, gigabytes: int, **description: str) -> None:
+    """A file whose header is right, and whose tensor of so many GB takes no place on the disk."""
+    shape = [gigabytes << 20, 256]
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, gigabytes << 30]}
+    path.write_bytes(with_header({"0.weight": entry, **({"__metadata__": description} if description else {})}))
+    os.truncate(path, path.stat().st_size + (gigabytes << 30))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sparse files")
+def test_a_file_larger_than_the_model_is_refused_unread_and_the_one_before_is_used(tmp_path: Path) -> None:
+    import tracemalloc
+
+    architecture = {"format": 1, "architecture": {"type": "Sequential", "layers": [{"type": "ReLU"}, {**ONE_BY_ONE, "bias": True}]}}
+    save_checkpoint(tmp_path, small_model(), Adam(), state={"step": 1})
+    path = tmp_path / "step-000000002.safetensors"
+    tracemalloc.start()
+    try:
+        for description in ({}, {"anyarray_linear": json.dumps(architecture)}):
+            sparse(path, 4000, **description)
+            with pytest.raises(CheckpointError, match=r"step-000000002.* holds 4,294,967,296,000 bytes of tensors, where 104 are"):
+                load_model(path, into=small_model())
+            with pytest.raises(CheckpointError, match="no architecture" if not description else "where 16 are needed"):
+                load_model(path)
+            with pytest.warns(RuntimeWarning, match="step-000000002"):
+                assert load_checkpoint(tmp_path, small_model(), Adam()) == {"step": 1}
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_model_that_shares_a_large_layer_often_is_read(tmp_path: Path) -> None:
+    layer = Linear(600, 600, seed=0)  # 2.9 MB, which the file has under each of 40 names
+    save_model(Sequential(*[layer] * 40), tmp_path / "m")
+    assert (tmp_path / "m").stat().st_size > checkpoint._SLACK
+    assert to_bytes(load_model(tmp_path / "m")) == to_bytes(load_model(tmp_path / "m", into=Sequential(*[Linear(600, 600)] * 40)))
+
+
+def test_a_file_that_memory_does_not_hold_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.numpy
+
+    load = safetensors.numpy.load
+
+    def small(data: bytes) -> Any:
+        if b"large" in data:
+            raise MemoryError
+        return load(data)
+
+    monkeypatch.setattr(safetensors.numpy, "load", small)
+    save_checkpoint(tmp_path, small_model(), Adam(), state={"step": 1})
+    path = save_checkpoint(tmp_path, small_model(), Adam(), state={"step": 2, "size": "large"})
+    with pytest.raises(CheckpointError, match=f"{path.name} does not fit in memory: it has"):
+        load_model(path)
+    with pytest.warns(RuntimeWarning, match=f"{path.name} does not fit in memory"):
+        assert load_checkpoint(tmp_path, small_model(), Adam()) == {"step": 1}
+
+
 def deep() -> dict[str, Any]:
     spec: dict[str, Any] = {"type": "ReLU"}
     for _ in range(400):
