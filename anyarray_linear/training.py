@@ -79,18 +79,19 @@ class History:
 
 @dataclass
 class _Data:
-    """`X` and `y` wherever they are, and where batches of them should go."""
+    """`X` and `y` wherever they are, or the given `rows` of them, and where batches should go."""
 
     X: Array
     y: Array
     device: Device
     dtype: Any
+    rows: np.ndarray[Any, Any] | None = None
 
     def __post_init__(self) -> None:
         self.X, self.y = _signed(self.X, self.dtype), _signed(self.y, "int64")
 
     def __len__(self) -> int:
-        return int(self.X.shape[0])
+        return int(self.X.shape[0]) if self.rows is None else len(self.rows)
 
     def batches(
         self, order: np.ndarray[Any, Any] | None, batch_size: int, start: int = 0, group: Group | None = None
@@ -99,6 +100,7 @@ class _Data:
 
         group: if given, this rank's share of each batch, which may be empty.
         """
+        order = self.rows if order is None else order
         takes = [_taker(x, order) for x in (self.X, self.y)]
         count = len(self) if order is None else len(order)
         y_dtype = self.dtype if _is_float(self.y) else None
@@ -453,8 +455,7 @@ def fit(
         root = group.exchange(layer_seed(seed))[0]  # only now: a Generator spawns a child each time
         if held_count:
             rows, held_rows = _split(held_count, len(data), root)
-            held_X, held_y = (_taker(x, held_rows)(0, len(held_rows)) for x in (data.X, data.y))
-            held = _Data(held_X, held_y, device, dtype)
+            held = _Data(data.X, data.y, device, dtype, held_rows)
         run = _Run(model, data, rows, held, loss, optimizer, batch_size, root, skip_nonfinite, accumulate, group)
         saver = _Saver(checkpoint if group.rank == 0 else None, checkpoint_every, run)
         if saver.folder is not None:
