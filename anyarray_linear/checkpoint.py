@@ -8,13 +8,14 @@ All are `safetensors` files, and nothing in them is code. What this module answe
   checkpoint holds the optimizer's moments and the state of the run too. So one file is all that resuming needs, and a
   checkpoint is a model file as well.
 - *Whole or not there.* Files are written beside their place, flushed, read back and then moved (`_files.atomic_write`).
-- *Nothing wrong gets in.* A file is checked before it is used: its sizes before anything is parsed, its checksum, then every
-  name, shape and dtype against the model; only then is the model touched. What is refused is refused as
+- *Nothing wrong gets in.* A file is checked before it is used: its sizes before anything is parsed or read, its checksum, then
+  every name, shape and dtype against the model; only then is the model touched. What is refused is refused as
   `CheckpointError` with the file's name and the reason.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -47,6 +48,7 @@ _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64"}
 # the test of the largest headers does it again), and let the state of a run of 50,000 epochs pass.
 _MAX_HEADER = 16 << 20
 _MAX_PARSED = 64 << 20
+_SLACK = 64 << 20  # bytes of tensors that are read in any case, to tell best what is wrong with them
 _PARSED_BYTES = {b"{": 200, b"[": 80, b",": 32, b":": 96}
 
 
@@ -94,18 +96,23 @@ def load_model(path: str | os.PathLike[str], *, device: Any = None, into: Any = 
 
     Raises `CheckpointError` for a file that is damaged or does not fit `into`, which is as it was then.
     """
-    file = _read(path)
     if into is not None:
         if device is not None:
             raise ValueError("into has its device already; leave device out, or move the model with into.to(device)")
-        _assign(_arrays(_matched(path, file.weights, into)))
+        _assign(_arrays(_matched(path, _read(path, lambda info: _size(into)).weights, into)))
         return into
-    if file.info is None:
-        raise CheckpointError(
-            f"{path} holds no architecture, as it is not a file of this library; "
-            "build the model and fill it: load_model(path, into=model)"
-        )
+
+    def described(info: dict[str, Any] | None) -> float:
+        if info is None:
+            raise CheckpointError(
+                f"{path} holds no architecture, as it is not a file of this library; "
+                "build the model and fill it: load_model(path, into=model)"
+            )
+        return _described_size(info["architecture"], "", {})
+
     place = select_device("cpu" if device is None else device)
+    file = _read(path, described)
+    assert file.info is not None
     try:
         model = _built(file.info["architecture"], "", file.weights, place, {})
     except CheckpointError as error:
@@ -185,7 +192,7 @@ def load_checkpoint(
     damaged = []
     for path in checkpoints(folder):
         try:
-            file = _read(path)
+            file = _read(path, lambda info: _size(model))
             if file.info is None or "optimizer" not in file.info:
                 raise CheckpointError(f"{path} holds no state of an optimizer, so it is no checkpoint")
         except (CheckpointError, OSError) as error:
@@ -274,6 +281,27 @@ def _host(x: Array) -> Host:
 
 def _weights(model: Any) -> dict[str, Host]:
     return {name: _host(getattr(layer, p)).reshape(_file_shape(layer, p)) for name, (layer, p) in _places(model).items()}
+
+
+def _size(model: Any) -> int:
+    """The bytes of the model's tensors in a file."""
+    tensors = (getattr(layer, p) for layer, p in _places(model).values())
+    return sum(math.prod(W.shape) * np.dtype(dtype_name(W.dtype)).itemsize for W in tensors)
+
+
+def _described_size(spec: Mapping[str, Any], path: str, sizes: dict[str, float]) -> float:
+    """The most bytes that the tensors of an architecture have; infinite where only the caller's code knows.
+
+    sizes: those of the layers so far by their position.
+    """
+    if "same_as" in spec:
+        return sizes[spec["same_as"]]
+    if spec["type"] == "Sequential":
+        inner = enumerate(spec["layers"])
+        return math.fsum(_described_size(each, join(path, str(i)), sizes) for i, each in inner)
+    linear = spec["type"] == "Linear"
+    sizes[path] = 8 * (spec["in_features"] + 1) * float(spec["out_features"]) if linear else math.inf if spec.get("custom") else 0
+    return sizes[path]
 
 
 def _matched(path: str | os.PathLike[str], weights: Mapping[str, Host], model: Any) -> list[tuple[Any, str, Host]]:
@@ -421,8 +449,14 @@ def _sealed(path: str | os.PathLike[str], tensors: Mapping[str, Host], info: Map
     return data
 
 
-def _read(path: str | os.PathLike[str]) -> _File:
-    """The file's content, checked; time and memory are bounded by the file's size. Raises `CheckpointError` if damaged."""
+def _read(
+    path: str | os.PathLike[str], needed: Callable[[dict[str, Any] | None], float] = lambda info: math.inf
+) -> _File:
+    """The file's content, checked. Raises `CheckpointError` if damaged.
+
+    needed: from the file's description, how many bytes of weights there should be. What has more than four times as many, as
+    a checkpoint of any rule here does not, is refused unread; so time and memory are bounded by what is needed.
+    """
     library = _safetensors()
     import json
 
@@ -448,12 +482,22 @@ def _read(path: str | os.PathLike[str]) -> _File:
                 raise CheckpointError(f"{path} holds {_some(odd)}; a model's tensors are {', '.join(_DTYPES)}")
             if text is None and _KEY.encode() in header:  # not from elsewhere: `written_by` is there
                 raise CheckpointError(f"{path} is damaged: its description is not where it should be")
-            tensors = dict(sorted(library.load(start + header + file.read()).items()))  # its own order is random
             info = None if text is None else json.loads(text)
+            most, held = needed(info), status.st_size - 8 - size
+            if held > max(_SLACK, 4 * most):
+                raise CheckpointError(f"{path} holds {held:,} bytes of tensors, where {most:,.0f} are needed, or 4 times that")
+            file.seek(0)
+            data = file.read()  # all of it again, as joining two parts would take as much memory once more
+            if not data.startswith(start + header):
+                raise CheckpointError(f"{path} is damaged: it has changed while it was read")
+            tensors = dict(sorted(library.load(data).items()))  # its own order is random
+            del data
             if info is not None:
                 _check_info(path, info, tensors)
         except CheckpointError:
             raise
+        except MemoryError as error:
+            raise CheckpointError(f"{path} does not fit in memory: it has {status.st_size:,} bytes") from error
         # a header that is not what it should be fails in as many ways as Python has of taking it apart
         except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged: {_told(error)}") from error

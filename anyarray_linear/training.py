@@ -6,7 +6,7 @@ What it is careful about:
 - No step turns a device array into a Python number. The loss is summed on the device and read once per epoch, and whether
   a step may be applied (loss and gradients finite) is decided on the device too.
 - The order of epoch `e` is a function of the seed and `e` alone. So a run can stop after any step and go on elsewhere.
-- A step is never cut in half: Ctrl-C, or the stop flag, takes effect between two steps.
+- Ctrl-C, or the stop flag, takes effect between two steps. A second Ctrl-C may cut a step in half, which is then not saved.
 - With a `group`, all ranks take the same steps, and all leave together; what they say to each other is in `distributed`.
 """
 
@@ -79,18 +79,19 @@ class History:
 
 @dataclass
 class _Data:
-    """`X` and `y` wherever they are, and where batches of them should go."""
+    """`X` and `y` wherever they are, or the given `rows` of them, and where batches should go."""
 
     X: Array
     y: Array
     device: Device
     dtype: Any
+    rows: np.ndarray[Any, Any] | None = None
 
     def __post_init__(self) -> None:
         self.X, self.y = _signed(self.X, self.dtype), _signed(self.y, "int64")
 
     def __len__(self) -> int:
-        return int(self.X.shape[0])
+        return int(self.X.shape[0]) if self.rows is None else len(self.rows)
 
     def batches(
         self, order: np.ndarray[Any, Any] | None, batch_size: int, start: int = 0, group: Group | None = None
@@ -99,6 +100,7 @@ class _Data:
 
         group: if given, this rank's share of each batch, which may be empty.
         """
+        order = self.rows if order is None else order
         takes = [_taker(x, order) for x in (self.X, self.y)]
         count = len(self) if order is None else len(order)
         y_dtype = self.dtype if _is_float(self.y) else None
@@ -410,7 +412,8 @@ def fit(
     every batch. Weights, optimizer and seed are then rank 0's, which alone shows progress and reads and writes checkpoints.
     Callbacks run on all ranks, since all must change alike; if one says stop, all stop, and so with `stop` and Ctrl-C.
 
-    Returns the `History`; `interrupted` is true when Ctrl-C or the stop flag ended training.
+    Returns the `History`; `interrupted` is true when Ctrl-C or the stop flag ended training. A second Ctrl-C does not wait for
+    the step at hand: where it cuts a step in half, `model` and `optimizer` are left so, and the last checkpoint stays the last.
 
     Raises, before anything is trained, `TypeError` or `ValueError` for arguments that do not fit, NaN or infinite data and
     class ids out of range. Raises `NonFiniteError` at the end of the epoch in which a loss or gradient was NaN or infinite,
@@ -452,8 +455,7 @@ def fit(
         root = group.exchange(layer_seed(seed))[0]  # only now: a Generator spawns a child each time
         if held_count:
             rows, held_rows = _split(held_count, len(data), root)
-            held_X, held_y = (_taker(x, held_rows)(0, len(held_rows)) for x in (data.X, data.y))
-            held = _Data(held_X, held_y, device, dtype)
+            held = _Data(data.X, data.y, device, dtype, held_rows)
         run = _Run(model, data, rows, held, loss, optimizer, batch_size, root, skip_nonfinite, accumulate, group)
         saver = _Saver(checkpoint if group.rank == 0 else None, checkpoint_every, run)
         if saver.folder is not None:
@@ -480,14 +482,17 @@ def fit(
                     bar.epoch(row)
                     answers = [callback(model, row) for callback in callbacks]  # all, also when the first says stop
                     run.settle(any(answers))
-                    saver.after_epoch(row)
+                    saver.save()
+                if not run.history.interrupted:  # it may have come in the last epoch's validation or callbacks
+                    run.history.interrupted = any(group.exchange(interrupted() or (stop is not None and stop.is_set())))
             except KeyboardInterrupt:  # raised by a callback, or where Ctrl-C could not be deferred
                 if group.size > 1:  # the others are elsewhere
                     raise
                 run.history.interrupted = True
             if run.history.interrupted:
                 run.judge()
-                saver.save()
+                if run.whole:
+                    saver.save()
     return run.history
 
 
@@ -517,7 +522,10 @@ class _Run:
         self.history = History()
         self.epoch = self.step = self.position = 0
         self.stopped = False
+        self.whole = True  # between two steps, all of this agrees with the weights and with the optimizer
         self.seconds = 0.0
+        self.best = math.inf  # the best score of an epoch, and whether it is that of these weights and not saved yet
+        self.is_best = False
 
     def order(self) -> np.ndarray[Any, Any]:
         """The rows of this epoch, in its order."""
@@ -563,11 +571,13 @@ class _Run:
         for X, y in self.data.batches(self.order(), self.batch_size, self.position, self.group):
             rows = min(self.batch_size, self.count - self.position)
             value, gradients, told = self.gradients(X, y, rows, self.group.size > 1 and wants_stop())
+            self.whole = False
             where = self.guard.judge(self.step + 1, value, gradients.values(), rows)
             self.optimizer.step(self.model, gradients, where=where)
             del value, gradients, where
             self.step += 1
             self.position += rows
+            self.whole = True
             self.seconds = time.perf_counter() - began
             self.history.interrupted = told if self.group.size > 1 else wants_stop()
             yield
@@ -617,9 +627,14 @@ class _Run:
             scores = _evaluate(self.model, self.held, self.loss, max(self.batch_size, 1024))
             row.update({f"validation_{name}": score for name, score in scores.items()})
         row["seconds"] = self.seconds + time.perf_counter() - began
+        score = row.get("validation_loss", row["loss"])
+        self.whole = False
+        if score < self.best:  # and not where it is NaN
+            self.best, self.is_best = score, True
         self.history.rows.append(row)
         self.epoch, self.position, self.seconds = self.epoch + 1, 0, 0.0
         self.guard.start_epoch()
+        self.whole = True
         return row
 
     def judge(self) -> tuple[float, int]:
@@ -674,6 +689,7 @@ class _Run:
             "data": {"rows": len(self.data), "training_rows": self.count, "batch_size": self.batch_size},
             "guard": {"total": total, "rows": rows, "bad": bad, "fatal": fatal},
             "history": self.history.rows,
+            "best": self.best,
             "stopped": self.stopped,
         }
 
@@ -692,7 +708,7 @@ class _Run:
     def restore(self, state: dict[str, Any]) -> None:
         """Be where `state` was saved."""
         self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
-        self.seconds, self.stopped = state["seconds"], state["stopped"]
+        self.seconds, self.stopped, self.best = state["seconds"], state["stopped"], state["best"]
         self.history.rows[:] = state["history"]
         guard = state["guard"]
         self.history.skipped = self.guard.bad = guard["bad"]
@@ -704,7 +720,6 @@ class _Saver:
 
     def __init__(self, folder: str | os.PathLike[str] | None, every: int | None, run: _Run) -> None:
         self.folder, self.every, self.run = folder, every, run
-        self.best = math.inf
         self._lock: Any = None
 
     def begin(self, resume: bool) -> None:
@@ -726,7 +741,6 @@ class _Saver:
                 run = self.run
                 state = files.load_checkpoint(self.folder, run.model, run.optimizer, check=run.check)
                 run.restore(state)
-                self.best = state["best"]
         except BaseException:
             self.__exit__()
             raise
@@ -744,23 +758,16 @@ class _Saver:
         if self.every and self.run.step % self.every == 0:
             self.save()
 
-    def after_epoch(self, row: Row) -> None:
-        """Save after an epoch, and keep the best one apart."""
-        score = row["validation_loss" if "validation_loss" in row else "loss"]
-        best = score < self.best
-        self.best = min(score, self.best)
-        self.save(best=best)
-
-    def save(self, best: bool = False) -> None:
-        """Write a checkpoint, unless a step that must not be kept was among the last ones."""
+    def save(self) -> None:
+        """Write a checkpoint, the best one apart too, unless a step that must not be kept was among the last ones."""
         if self.folder is None:
             return
         from .checkpoint import save_checkpoint
 
         state = self.run.state()
         if not state["guard"]["fatal"] and not self.run.overflowed():
-            state["best"] = self.best
-            save_checkpoint(self.folder, self.run.model, self.run.optimizer, state=state, best=best)
+            save_checkpoint(self.folder, self.run.model, self.run.optimizer, state=state, best=self.run.is_best)
+            self.run.is_best = False
 
 
 def _evaluate(model: Any, data: _Data, loss: Any, batch_size: int) -> dict[str, float]:

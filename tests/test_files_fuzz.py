@@ -20,6 +20,7 @@ pytest.importorskip("safetensors")
 
 TOKENS = [b"null", b"-1", b"1e999", b"NaN", b"9" * 400, b"[]", b"{}", b'""', b"true", b"[" * 200, b'"\\ud800"', b"\0", b"\xff"]
 TOKENS += [b"F16", b"F64", b"BF16", b"0.weight", b"optimizer/", b"__metadata__", b"shape", b"anyarray_linear", b"\\u0000"]
+BLOCKED = 10  # seconds: no file takes 0.1 s where nothing waits, and a machine under load may let it take a hundred times that
 VALUES = [None, True, -1, 0, 1, 2**70, 1.5, float("nan"), "", "0.weight", "ReLU", "Sequential", "../x", [], [[]], {}]
 
 
@@ -147,12 +148,12 @@ def fuzz(folder: Path, count: int) -> None:
             return load_model(path, into=into), read_metadata(path)
 
         for read in (resume, fill, lambda: (load_model(path), read_metadata(path))):
-            error, start = None, time.process_time()
+            error, start = None, time.monotonic()
             try:
                 found, metadata = read()
             except CheckpointError as caught:
                 error = caught
-            assert time.process_time() - start < 2, context
+            assert time.monotonic() - start < BLOCKED, context
             if error is None:
                 assert harm is reseal or (bytes_of(found), metadata) == expected, context
                 continue
@@ -177,7 +178,10 @@ def test_ten_thousand_damaged_files_are_refused_or_as_before(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_damaged_configurations_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
-    """A run's config.json, damaged in 2,500 ways: `train --resume` says what is wrong in one line, or finds nothing wrong."""
+    """A run's config.json, damaged in 2,500 ways: `train --resume` says what is wrong in one line, or finds nothing wrong.
+
+    Two in three have damaged bytes. The others are sound JSON of hostile options. None of them leads out of the run's folder.
+    """
     import sys
 
     from anyarray_linear.cli import _common, train
@@ -187,14 +191,22 @@ def test_damaged_configurations_are_one_line_and_exit_code_2(tmp_path, monkeypat
         monkeypatch.setattr(sys, "argv", ["anyarray-linear", *arguments])
         return _common.exit_code_of(app)
 
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
     assert command("train", "--epochs", "1", "--out", str(out)) == 0
     monkeypatch.setattr(train, "_train", lambda *whatever: None)  # what is fuzzed is all that comes before
     config = out / "config.json"
     whole, rng, refused = config.read_bytes(), random.Random(0), 0
-    for _ in range(2_500):
+    names = [*json.loads(whole)["options"], "out", "help", "resume", "overwrite", "processes", "distributed", "no-such", "", "\n", "=", "-"]
+    values = [*VALUES, "/dev/zero", "--out=elsewhere", "--help", "1 --resume", "nan", "1" * 200, 10**30, "cuda:9", "mpi", "\ud800"]
+    for i in range(2_500):
         damaged = bytearray(whole)
-        for _ in range(rng.randint(1, 4)):
+        if i % 3 == 2:
+            config_now = json.loads(whole)
+            for _ in range(rng.randint(1, 3)):
+                config_now["options"][rng.choice(names)] = rng.choice(values)
+            damaged = bytearray(json.dumps(config_now).encode())
+        for _ in range(rng.randint(1, 4) if i % 3 < 2 else 0):
             at, kind = rng.randrange(len(damaged)), rng.randrange(4)
             if kind == 0:
                 damaged[at] ^= 1 << rng.randrange(8)
@@ -207,13 +219,14 @@ def test_damaged_configurations_are_one_line_and_exit_code_2(tmp_path, monkeypat
             damaged = damaged or bytearray(b" ")
         config.write_bytes(damaged)
         capsys.readouterr()
-        began = time.process_time()
+        began = time.monotonic()
         code = command("train", "--resume", "--out", str(out))
-        assert time.process_time() - began < 2
+        assert time.monotonic() - began < BLOCKED
         lines = capsys.readouterr().err.splitlines()
         assert code in (0, 2), damaged
         if code == 2:
             refused += 1
             assert len(lines) == 1, lines
             assert lines[0].startswith("error: ")
+        assert list(tmp_path.iterdir()) == [out]
     assert refused > 1_000

@@ -97,6 +97,36 @@ def test_stopping_after_any_step_and_going_on_changes_no_bit(backend, rule, tmp_
         assert not second.interrupted
 
 
+class CutInHalf(AdamW):
+    """A rule that Ctrl-C, pressed twice, interrupts in one of its steps, between two parameters."""
+
+    cut = 0
+
+    def _update(self, xp, W, *more):
+        new = super()._update(xp, W, *more)
+        if self.steps == self.cut:
+            W[...] = new[0]  # as a lane does that updates in place
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return new
+
+
+def test_a_step_that_a_second_ctrl_c_cuts_in_half_is_not_saved(tmp_path):
+    whole, optimizer = network(), CutInHalf(1e-2)
+    train(whole, CutInHalf(1e-2))
+    optimizer.cut = 4
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert train(network(), optimizer, checkpoint=tmp_path, checkpoint_every=2).interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert optimizer.steps == 4
+    resumed, again = network(), CutInHalf(1e-2)
+    assert load_checkpoint(tmp_path, resumed, again)["step"] == again.steps == 2
+    train(resumed, CutInHalf(1e-2), checkpoint=tmp_path, resume=True)
+    assert_same(weights(resumed), weights(whole))
+
+
 def test_a_run_may_stop_many_times(tmp_path):
     whole, optimizer = network(), Adam(1e-2)
     history = train(whole, optimizer)
@@ -145,6 +175,64 @@ def test_checkpoints_are_kept_by_number_and_the_best_apart(tmp_path):
     at_best = network()
     train(at_best, Adam(1e-1), epochs=int(np.argmin(losses)) + 1)
     assert_same(weights(best), weights(at_best))
+
+
+def interrupt(model, row):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("end", ["stop", "interrupt"])
+def test_the_best_is_known_across_an_interrupt_and_a_resume(end, tmp_path):
+    losses = [row["validation_loss"] for row in train(network(), Adam(1e-1), epochs=12).rows]
+    best = int(np.argmin(losses)) + 1
+    assert 1 < best < 12
+    assert losses[best] > losses[best - 1]  # so that one who starts to compare after the best would take a later one
+    options = {"epochs": 12, "checkpoint": tmp_path}
+
+    def at_best(model, row):
+        if row["epoch"] == best:
+            return True if end == "stop" else interrupt(model, row)
+
+    first = train(network(), Adam(1e-1), callbacks=[at_best], **options)
+    assert (len(first.rows), first.interrupted) == (best, end == "interrupt")
+    found = weights(load_model(tmp_path / "best.safetensors"))
+    second = train(network(), Adam(1e-1), resume=True, **options)
+    assert len(second.rows) == (best if end == "stop" else 12)  # a callback's word to stop holds
+    assert_same(weights(load_model(tmp_path / "best.safetensors")), found)
+    at_best = network()
+    train(at_best, Adam(1e-1), epochs=best)
+    assert_same(found, weights(at_best))
+
+
+def test_an_epoch_whose_loss_is_not_a_number_is_not_the_best(tmp_path):
+    class Often(SoftmaxCrossEntropy):
+        """NaN in every step of the second epoch."""
+
+        calls = -1  # fit looks at one row before
+
+        def forward(self, Z, target):
+            value, cache = super().forward(Z, target)
+            self.calls += 1
+            return (value * np.nan if 7 < self.calls <= 14 else value), cache
+
+    X, y = data()
+    history = fit(network(), X[:40], y[:40], loss=Often(), optimizer=SGD(1e-9), batch_size=6, epochs=2, skip_nonfinite=7,
+                  checkpoint=tmp_path, progress=False)  # fmt: skip
+    assert np.isnan(history.rows[1]["loss"])
+    state = load_checkpoint(tmp_path, network(), SGD(1e-9))
+    assert state["best"] == history.rows[0]["loss"]
+
+
+@pytest.mark.parametrize("when", ["callback", "flag"])
+def test_ctrl_c_in_the_last_epochs_callbacks_is_told(when):
+    flag = threading.Event()
+    press = flag.set if when == "flag" else lambda: signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        history = train(network(), Adam(), epochs=2, stop=flag, callbacks=[lambda m, row: row["epoch"] == 2 and press()])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (len(history.rows), history.interrupted) == (2, True)
 
 
 def test_checkpoint_every_writes_after_so_many_steps(tmp_path):
