@@ -6,6 +6,7 @@ import copy
 import itertools
 import os
 import pickle
+import subprocess
 import sys
 import threading
 import tracemalloc
