@@ -220,13 +220,13 @@ def test_partial_fit_goes_on_from_where_it_was(digits):
     X, _, y, _ = digits
     model = LinearNetClassifier(random_state=0, learning_rate_init=0.005, batch_size=50)
     scores = []
-    for _ in range(8):
+    for _ in range(16):
         for part in np.array_split(np.arange(len(X)), 3):
             model.partial_fit(X[part] / 16, y[part], classes=range(10))
         scores.append(model.score(X / 16, y))
     assert scores[-1] > 0.9 > scores[0]
-    assert model.n_iter_ == len(model.loss_curve_) == 24
-    assert model._optimizer.steps == 8 * 3 * 5, "one optimizer for all of it, its moments kept"
+    assert model.n_iter_ == len(model.loss_curve_) == 48
+    assert model._optimizer.steps == 16 * 3 * 5, "one optimizer for all of it, its moments kept"
     model.fit(X / 16, y)
     model.partial_fit(X / 16, y)
     resumed = pickle.loads(pickle.dumps(model))
