@@ -43,6 +43,9 @@ _NAMESPACES = {
 }
 
 
+_DLPACK_CPU, _DLPACK_CUDA = 1, 2
+
+
 class DeviceUnavailableError(RuntimeError):
     """A device that was asked for by name cannot be used; the message says why and what to do about it."""
 
@@ -105,28 +108,35 @@ class Device:
         """`x` as an array on this device.
 
         Args:
-            x: an array of any namespace and device, or nested lists and scalars.
+            x: an array of any namespace and device, an object with `__dlpack__`, or nested lists and scalars.
             dtype: the name of a dtype, or a dtype of any namespace. `None` keeps the dtype of `x`, and gives lists of
                 floats the device's default; 64-bit integers become int32 where the namespace has none and they fit.
 
         Returns:
-            `x` itself when it is here already and has that dtype, else an array of this device's namespace. What comes
-            from the host may share its memory where both can (NumPy, torch on the CPU).
+            `x` itself when it is here already and has that dtype, else an array of this device's namespace. It may share
+            the memory of `x` where both can: on the host (NumPy, torch), or on one CUDA device (torch and CuPy).
 
         Raises:
             TypeError: this device has no such dtype (as JAX has no float64 until it is enabled).
         """
+        if type(x) is np.ndarray and self.kind == "cpu" and (dtype is None or x.dtype is dtype) and x.dtype.isnative:
+            return x  # the usual case in training, and a tenth of the time of what follows
         if isinstance(x, np.generic):
             x = np.asarray(x)
+        elif peculiar(x):
+            check_array("x", x)  # which raises
+        elif not is_array(x) and hasattr(x, "__dlpack_device__"):
+            kind, index = _dlpack_place(x)
+            x = (_cuda_device(index) if kind == _DLPACK_CUDA else _cpu()).from_dlpack(x)
         elif not is_array(x):
-            if peculiar(x):
-                check_array("x", x)
             x = np.asarray(x)
             if dtype is None and x.dtype.kind == "f":
                 dtype = self.default_float
         here = Device.of(x)
         if here == self and (dtype is None or x.dtype is dtype) and getattr(x.dtype, "isnative", True):
             return x  # the usual case in training: half the time of going by names, as below
+        if here.kind != self.kind and self._shares_a_card_with(x):
+            x, here = self.from_dlpack(x), self
         if here != self and (here.kind != self.kind or self.kind not in ("cuda", "torch", "jax")):
             return self._from_host(here.to_numpy(x), dtype)
         wanted = self._dtype(_dtype_name(x.dtype if dtype is None else dtype))
@@ -136,6 +146,54 @@ class Device:
             return x
         with self:
             return self.xp.astype(x, wanted)
+
+    def from_dlpack(self, x: Any) -> Array:
+        """`x` as an array of this device over the same memory: nothing is copied, and whoever writes to one changes both.
+
+        The other way needs no function of this library: its arrays are NumPy's, CuPy's, torch's ..., which all that speaks
+        DLPack takes, as in `torch.from_dlpack(layer.W)`.
+
+        Args:
+            x: an object with `__dlpack__` that is on this device, of any library. JAX counts on nobody writing to it.
+
+        Raises:
+            TypeError: `x` has no `__dlpack__`.
+            ValueError: `x` is on another device, or the two libraries cannot share it (JAX takes no strides and no
+                read-only arrays of NumPy, torch gives no tensors that require grad); `asarray` moves or copies it.
+
+        >>> import numpy as np
+        >>> x = np.zeros(2)
+        >>> np.shares_memory(select_device("cpu").from_dlpack(x), x)
+        True
+        """
+        if not hasattr(x, "__dlpack__") or not hasattr(x, "__dlpack_device__"):
+            raise TypeError(f"x is a {type(x).__name__}, which does not speak DLPack; copy it with Device.asarray(x)")
+        cure = f"asarray moves it, as in Device.asarray(x) of {self}"
+        if _dlpack_place(x) != self._dlpack_place:
+            where = "" if is_array(x) else f" on DLPack's device {_dlpack_place(x)}"
+            raise ValueError(f"x is {describe(x)}{where}, which is not in the memory of {self}; {cure}")
+        # by default JAX copies what is not aligned as it likes
+        options = {"copy": False} if self.kind == "jax" else {}
+        try:
+            with self:
+                shared = self.xp.from_dlpack(x, **options)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"x is {describe(x)}, and {self} cannot share its memory: {error}; {cure}") from error
+        if Device.of(shared) != self:  # such as array_api_strict's second device, whose memory is the host's
+            raise ValueError(f"x is {describe(x)}, and DLPack cannot tell {self} from {Device.of(shared)}; {cure}")
+        return shared
+
+    @cached_property
+    def _dlpack_place(self) -> tuple[int, int]:
+        """The device as DLPack numbers it: kind and index."""
+        if self.kind == "cuda":
+            return _DLPACK_CUDA, int(self.index or 0)
+        return (_DLPACK_CPU, 0) if self.kind == "cpu" else _dlpack_place(self.xp.empty(0, device=self.native))
+
+    def _shares_a_card_with(self, x: Array) -> bool:
+        """Whether `x`, of another library, is in the memory of this CUDA device."""
+        on_a_card = self.kind == "cuda" or (self.kind == "torch" and self.native.type == "cuda")
+        return on_a_card and hasattr(x, "__dlpack_device__") and _dlpack_place(x) == self._dlpack_place
 
     def _from_sibling(self, x: Array, here: Device) -> Array:
         """`x` of this namespace, moved from the device `here` to this one."""
@@ -296,6 +354,12 @@ class Device:
         if self.kind in ("cpu", "cuda"):
             return select_device, (str(self),)
         return Device, (self.kind, 0, self._native, self.reason)
+
+
+def _dlpack_place(x: Any) -> tuple[int, int]:
+    """Where `x` is, as DLPack numbers it: kind and index."""
+    kind, index = x.__dlpack_device__()
+    return int(kind), int(index)
 
 
 @lru_cache

@@ -15,11 +15,8 @@ What it answers:
 from __future__ import annotations
 
 import atexit
-import hashlib
-import logging
 import os
 import pickle
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -88,6 +85,7 @@ class Group:
         """Loss and gradients summed over the ranks, and whether any rank wants to stop.
 
         value: a 0-d array, the loss of this rank's rows times their part of the batch's. gradients: likewise, by name.
+        What is returned holds until the next call.
         """
         return value, gradients, wants_stop
 
@@ -105,17 +103,6 @@ class Group:
 
     def claim(self, device: Device) -> None:
         """Raise `RankError` if another rank computes on the same CUDA device."""
-        if device.kind != "cuda":
-            return
-        card = doctor.load_cupy().cuda.runtime.getDeviceProperties(device.index)["uuid"], device.native.pci_bus_id
-        everyone = self.exchange((socket.gethostname(), card))
-        both = tuple(rank for rank, theirs in enumerate(everyone) if theirs == everyone[self.rank])
-        if len(both) > 1:
-            raise RankError(
-                f"{self._named(both)} have the same device, {device}; start no more ranks on a machine than it has devices, "
-                "and let each choose its own: device=group.device()",
-                both,
-            )
 
     def check(self, digest: str, when: str) -> None:
         """Raise `RankError` on every rank unless all have this digest; named are those who are not with the majority."""
@@ -145,6 +132,8 @@ class _MPI(Group):
     """Ranks over mpi4py."""
 
     def __init__(self, comm: Any, timeout: float, half: bool, device_buffers: bool | None) -> None:
+        import socket
+
         self.MPI = _mpi4py()
         self.base = (self.MPI.COMM_WORLD if comm is None else comm).Dup()
         self.timeout, self.half = float(timeout), bool(half)
@@ -152,10 +141,13 @@ class _MPI(Group):
         self.local_rank = self.base.Split_type(self.MPI.COMM_TYPE_SHARED).rank
         self.device_buffers = self._takes_device_buffers() if device_buffers is None else bool(device_buffers)
         self.places = self.base.allgather((socket.gethostname(), os.getpid()))
+        spaces = self.base.allgather((socket.gethostname(), _process_space()))
+        self._seen = [rank for rank, space in enumerate(spaces) if space == spaces[self.rank] and space[1]]
         self._comm: Any = None  # of what is running now: what a failure leaves unfinished must not meet what comes later
         self._session = 0  # its number, and the tag of the messages about it
-        self._news: dict[int, tuple[tuple[int, ...], str]] = {}  # what ranks that stop have said
-        self._kept: list[Any] = []  # messages on their way
+        self._joined = 0  # how many collective operations of it this rank has joined
+        self._news: dict[int, tuple[int, tuple[int, ...], str]] = {}  # what ranks that stop have said
+        self._kept: list[Any] = []  # messages on their way, and what was left unfinished
         self._staging: dict[tuple[int, str], Any] = {}
         self._said = False
 
@@ -169,6 +161,19 @@ class _MPI(Group):
             spec = os.environ.get("ANYARRAY_DEVICE") or ("cuda" if doctor.count() else "auto")
         # a launcher may let each rank see one card only, which is cuda:0 for all of them
         return select_device(f"cuda:{self.local_rank % max(1, doctor.count())}" if spec == "cuda" else spec)
+
+    def claim(self, device: Device) -> None:
+        if device.kind != "cuda":
+            return
+        card = doctor.load_cupy().cuda.runtime.getDeviceProperties(device.index)["uuid"], device.native.pci_bus_id
+        everyone = self.exchange((self.places[self.rank][0], card))
+        both = tuple(rank for rank, theirs in enumerate(everyone) if theirs == everyone[self.rank])
+        if len(both) > 1:
+            raise RankError(
+                f"{self._named(both)} have the same device, {device}; start no more ranks on a machine than it has devices, "
+                "and let each choose its own: device=group.device()",
+                both,
+            )
 
     def __str__(self) -> str:
         where = ", ".join(f"{rank} is process {pid} on {host}" for rank, (host, pid) in enumerate(self.places))
@@ -189,10 +194,10 @@ class _MPI(Group):
         if self._comm is not None:  # inside another one
             yield
             return
-        self._session += 1
+        self._session, self._joined = self._session + 1, 0
         try:
             self._comm, request = self.base.Idup()
-            self._wait(request.Test)
+            self._complete(request)
             yield
             self.exchange(None)
         except BaseException as error:
@@ -205,17 +210,36 @@ class _MPI(Group):
             self._comm = None
             self._news.clear()
 
-    def _wait(self, done: Callable[[], bool]) -> None:
-        """Wait until it is done. Raises `RankError` when another rank says that it stops, and `_Late` after `timeout`."""
-        began = time.monotonic()
+    def _complete(self, request: Any, *buffers: Any) -> None:
+        """Wait for a collective operation that this rank has just joined."""
+        self._joined += 1
+        try:
+            self._wait(request.Test, self._joined)
+        except BaseException:
+            self._kept.append((request, buffers))  # MPI may still write to them, and mpi4py does not keep them
+            self._staging.clear()
+            raise
+
+    def _wait(self, done: Callable[[], bool], number: int) -> None:
+        """Wait until it is done. Raises `RankError` when another rank stops, and `_Late` after `timeout`.
+
+        number: of the collective operation that is waited for. Whoever stops after having joined it holds up nobody here.
+        """
+        began = looked = time.monotonic()
         while not done():
             waited = time.monotonic() - began
             if waited < 0.002:
                 _yield()  # with more ranks than cores, the one that is waited for may need this one
                 continue
             self._hear()
-            for about, what in self._news.values():
-                raise RankError(what, about)
+            for joined, about, what in self._news.values():
+                if not about:  # it has waited too long for what this one waits for
+                    raise _Late
+                if joined < number:
+                    raise RankError(what, about)
+            if began + waited > looked + 0.5:
+                self._look(done)
+                looked = time.monotonic()
             if waited > self.timeout:
                 raise _Late
             time.sleep(0 if waited < 1 else 1e-3)
@@ -226,6 +250,18 @@ class _MPI(Group):
         while self.base.Iprobe(tag=self._session, status=status):
             self._news[status.source] = self.base.recv(source=status.source, tag=self._session)
 
+    def _look(self, done: Callable[[], bool]) -> None:
+        """Raise `RankError` if a process on this machine is no more, and what it should have sent does not come."""
+        for rank in self._seen:
+            try:
+                os.kill(self.places[rank][1], 0)
+            except ProcessLookupError:
+                time.sleep(0.2)
+                if not done():
+                    raise RankError(f"{self._named((rank,))} has died", (rank,)) from None
+            except PermissionError:
+                pass  # it is there, and somebody else's
+
     def _part(self, error: BaseException) -> tuple[int, ...]:
         """Tell the other ranks why this one stops, and wait a moment for them to say so too; those that did not."""
         about: tuple[int, ...] = (self.rank,)
@@ -233,21 +269,22 @@ class _MPI(Group):
         if isinstance(error, RankError):
             about, what = error.ranks, str(error)
         elif isinstance(error, _Late):
-            what = f"{self._named(about)} has waited for {self.timeout:.0f} s for a rank that gave no sign"
+            about = ()
         others = set(range(self.size)) - {self.rank}
         until = time.monotonic() + _GRACE
-        self._kept += [self.base.isend((about, what), rank, self._session) for rank in others]
+        self._kept += [self.base.isend((self._joined, about, what), rank, self._session) for rank in others]
         while others - self._news.keys() and time.monotonic() < until:
             self._hear()
             time.sleep(1e-3)
         silent = tuple(sorted(others - self._news.keys()))
-        self.echoes = 0 in self._news and self._news[0][1].partition(": ")[2] == what.partition(": ")[2]
-        if silent or self._lingers:
+        self.echoes = 0 in self._news and self._news[0][2].partition(": ")[2] == what.partition(": ")[2]
+        if silent or self._unfinished():
             atexit.register(self._abort)
         return silent
 
-    _lingers = False
-    """Whether something unfinished would keep a process from ending."""
+    def _unfinished(self) -> bool:
+        """Whether something would keep this process from ending, such as a sum that some rank never joined."""
+        return False
 
     def _abort(self) -> None:
         """End all ranks: MPI would wait for those that are silent."""
@@ -256,9 +293,10 @@ class _MPI(Group):
     def exchange(self, value: Any) -> list[Any]:
         mine = np.frombuffer(pickle.dumps(value), np.uint8)
         sizes = np.empty(self.size, np.int64)
-        self._wait(self._comm.Iallgather(np.asarray([mine.size]), sizes).Test)
+        size = np.asarray([mine.size])
+        self._complete(self._comm.Iallgather(size, sizes), size, sizes)
         everyone = np.empty(int(sizes.sum()), np.uint8)
-        self._wait(self._comm.Iallgatherv(mine, [everyone, sizes]).Test)
+        self._complete(self._comm.Iallgatherv(mine, [everyone, sizes]), mine, everyone, sizes)
         return [pickle.loads(part.tobytes()) for part in np.split(everyone, np.cumsum(sizes)[:-1])]
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -275,11 +313,11 @@ class _MPI(Group):
             flag = xp.full((1,), float(wants_stop), dtype=exact, device=Device.of(first).native)
             tail = [xp.astype(xp.reshape(value, (1,)), exact, copy=False), flag]
             if self.half or exact != first.dtype:  # the loss keeps its precision, at the price of a second, small message
-                flat, _ = self._summed(xp.astype(xp.concat(packed), xp.float16, copy=False), False)
+                flat, _ = self._summed(xp.astype(self._packed(xp, packed), xp.float16, copy=False), False)
                 flat = xp.astype(flat, first.dtype, copy=False)
                 last, stop = self._summed(xp.concat(tail), True)
             else:
-                flat, stop = self._summed(xp.concat([*packed, *tail]), True)
+                flat, stop = self._summed(self._packed(xp, [*packed, *tail]), True)
                 last = flat[-2:]
             summed, start = {}, 0
             for name, dW in gradients.items():
@@ -288,28 +326,39 @@ class _MPI(Group):
                 start += size
             return xp.astype(xp.reshape(last[:1], ()), value.dtype, copy=False), summed, stop > 0
 
+    def _packed(self, xp: Any, arrays: list[Array]) -> Array:
+        """All in one array; on NumPy in the same memory each step, as fresh pages cost more than the copying."""
+        if not isinstance(arrays[0], np.ndarray):
+            return xp.concat(arrays)
+        key = sum(x.size for x in arrays), arrays[0].dtype.char
+        if key not in self._staging:
+            self._staging[key] = np.empty(*key)
+        return np.concatenate(arrays, out=self._staging[key])
+
     def _summed(self, x: Array, flagged: bool) -> tuple[Array, float]:
         """`x`, which is ours to write to, summed over all ranks, and its last element, of use if that is the flag."""
         place = Device.of(x)
         if place.kind != "cuda":
             host = place.to_numpy(x)
             host = host if host.flags.writeable else host.copy()
-            self._wait(self._comm.Iallreduce(self.MPI.IN_PLACE, host).Test)
+            self._complete(self._comm.Iallreduce(self.MPI.IN_PLACE, host), host)
             return place.asarray(host), float(host[-1])
         if self.device_buffers:
             import cupy
 
             cupy.cuda.get_current_stream().synchronize()  # MPI knows no streams, and would send what is not there yet
-            self._wait(self._comm.Iallreduce(self.MPI.IN_PLACE, x).Test)
+            self._complete(self._comm.Iallreduce(self.MPI.IN_PLACE, x), x)
             return x, float(x[-1])
         host = self._pinned(x)
         x.get(out=host)  # which waits for the stream
-        self._wait(self._comm.Iallreduce(self.MPI.IN_PLACE, host).Test)
+        self._complete(self._comm.Iallreduce(self.MPI.IN_PLACE, host), host)
         x.set(host)
         return x, float(host[-1])
 
     def _pinned(self, x: Array) -> Any:
         """Page-locked memory on the host for `x`, the same each time."""
+        import logging
+
         import cupyx
 
         if not self._said and self.rank == 0:
@@ -328,7 +377,7 @@ class _MPI(Group):
 class _NCCL(_MPI):
     """Ranks over mpi4py, whose gradients NCCL sums on their devices, without the host waiting for them."""
 
-    _lingers = True  # a sum that some rank never joined
+    _sums: Any = None
 
     def __init__(self, timeout: float, half: bool) -> None:
         super().__init__(None, timeout, half, None)
@@ -337,9 +386,15 @@ class _NCCL(_MPI):
         with self.running():
             self.claim(self._place)
             import cupyx.distributed
+            from cupy.cuda import nccl
 
+            if not nccl.available:
+                raise RuntimeError("CuPy finds no NCCL here; install it as CuPy's manual says, or train over MPI alone")
             with self._place:
                 self._sums = cupyx.distributed.init_process_group(self.size, self.rank, use_mpi=True)
+
+    def _unfinished(self) -> bool:
+        return self._sums is not None
 
     def _library(self) -> str:
         return f"NCCL and {super()._library()}"
@@ -356,6 +411,7 @@ class _NCCL(_MPI):
                 f"the gradients are on {Device.of(x)}, but this rank's NCCL is on {self._place}; "
                 "build the model with device=group.device()"
             )
+        self._joined += 1
         self._sums.all_reduce(x, x)  # on the current stream, as everything before and after it
         return x, self._flag_before(x) if flagged else 0.0
 
@@ -368,11 +424,11 @@ class _NCCL(_MPI):
         host, event = cupyx.empty_pinned((1,), x.dtype), cupy.cuda.Event(disable_timing=True)
         x[-1:].get(out=host, blocking=False)
         event.record()
-        self._flag = host, event
+        self._flag = host, event, self._joined
         if before is None:
             return 0.0
-        host, event = before
-        self._wait(lambda: event.done)
+        host, event, number = before
+        self._wait(lambda: event.done, number)
         return float(host[0])
 
 
@@ -398,6 +454,14 @@ def nccl(*, timeout: float = 300.0, half: bool = False) -> Group:
     where two ranks have one device, and `RuntimeError` where CuPy has no NCCL.
     """
     return _NCCL(timeout, half)
+
+
+def _process_space() -> str:
+    """What tells whether two processes see each other by number; `""` where that cannot be told."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _mpi4py() -> Any:
@@ -433,6 +497,8 @@ def adopt(model: Any, optimizer: Any, sent: Mapping[str, Any]) -> None:
 
 def digest(model: Any, optimizer: Any, *more: Any) -> str:
     """The SHA-256 of weights, optimizer and whatever else has to be equal on all ranks."""
+    import hashlib
+
     state = snapshot(model, optimizer)
     found = hashlib.sha256(repr((state["optimizer"]["steps"], more)).encode())
     for name, W in state["weights"].items():

@@ -9,7 +9,6 @@ The steps run once per process and device, at first use and never at import; wha
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
@@ -18,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module, metadata, util
+from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +162,7 @@ def _packages() -> str:
         )
     if not names and util.find_spec("cupy") is None:
         raise _Failure("CuPy is not installed", _how_to_install())
-    return names[0] + " " + metadata.version(names[0]) if names else "cupy, not installed by a package manager"
+    return names[0] + " " + _metadata().version(names[0]) if names else "cupy, not installed by a package manager"
 
 
 def _import() -> str:
@@ -249,7 +248,8 @@ def _compare(result: Any, expected: Any, what: str, index: int) -> None:
 _NEWER_DRIVER = "Update it from nvidia.com/drivers, or with the packages of your system."
 _CONTAINER = (
     "In a container, start it with the cards: docker run --gpus all ..., or podman run --device nvidia.com/gpu=all ...; "
-    "the host needs the NVIDIA driver and the NVIDIA Container Toolkit."
+    "the host needs the NVIDIA driver and the NVIDIA Container Toolkit, made known once by "
+    "nvidia-ctk runtime configure --runtime=docker, or for Podman by nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml."
 )
 
 
@@ -323,12 +323,18 @@ def load_cupy() -> Any:
 
 def _distributions() -> list[str]:
     """The installed packages that bring a `cupy`."""
-    names = {name.lower().replace("_", "-") for d in metadata.distributions() if (name := d.metadata["Name"])}
+    names = {name.lower().replace("_", "-") for d in _metadata().distributions() if (name := d.metadata["Name"])}
     return sorted(name for name in names if re.fullmatch(r"cupy(-cuda\d+x?|-rocm[\w-]*|-cpu-emulated)?", name))
+
+
+def _metadata() -> Any:
+    return import_module("importlib.metadata")  # 15 ms, when it is first needed
 
 
 def _driver_version() -> int:
     """The CUDA version that the NVIDIA driver supports, as in 13020 for 13.2; 0 when there is no driver."""
+    import ctypes
+
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -338,7 +344,7 @@ def _driver_version() -> int:
 
 
 def _in_container() -> bool:
-    return Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
+    return "container" in os.environ or Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
 
 
 def _version(number: int) -> str:

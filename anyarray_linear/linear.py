@@ -317,11 +317,10 @@ class Linear:
         Raises as `gradients`; nothing is stored then.
         """
         dX, gradients = self.gradients(dZ, cache, needs_dX=needs_dX)
-        if accumulate:
-            store_gradients(self, gradients, accumulate=True)
+        if accumulate or len(gradients) > 2:  # a subclass may have more parameters
+            store_gradients(self, gradients, accumulate=accumulate)
         else:
-            for p, gradient in gradients.items():
-                setattr(self, f"d{p}", gradient)
+            self.dW, self.db = gradients["W"], gradients.get("b")
         return dX
 
     def parameters(self) -> dict[str, Array]:

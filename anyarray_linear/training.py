@@ -280,10 +280,7 @@ class _Guard:
     def _judge_now(self, step: int, value: Array, gradients: Iterable[Array], rows: int) -> Array | None:
         value = float(value)
         with computing_on(next(iter(gradients))) as xp:
-            # a sum is one pass and nearly always enough to know; it may overflow, though, where no element is infinite
-            finite = math.isfinite(value) and all(
-                math.isfinite(float(xp.sum(gradient))) or bool(xp.all(xp.isfinite(gradient))) for gradient in gradients
-            )
+            finite = math.isfinite(value) and all(lane(_all_finite, xp)(xp, gradient) for gradient in gradients)
             if finite and not self.fatal:
                 self.total += value * rows
                 self.rows += rows
@@ -303,6 +300,12 @@ class _Guard:
 
     def _array(self, x: Any) -> Array:
         return x if hasattr(x, "dtype") else self.device.asarray(np.asarray(float(x), dtype=np.float32))
+
+
+def _all_finite(xp: Any, x: Array) -> bool:
+    """Whether no element is NaN or infinite."""
+    # a sum is one pass and nearly always enough to know; it may overflow, though, where no element is infinite
+    return math.isfinite(float(xp.sum(x))) or bool(xp.all(xp.isfinite(x)))
 
 
 def _judged(xp: Any, guard: _Guard, step: int, value: Array, gradients: Iterable[Array], rows: int) -> Array:

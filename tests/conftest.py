@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ import numpy as np
 import pytest
 from array_api_compat import array_namespace
 from array_api_compat import device as device_of
+
+# SciPy reads it when it is imported; without it, scikit-learn does not dispatch on arrays
+os.environ.setdefault("SCIPY_ARRAY_API", "1")
 
 STAND_IN = b"CuPy CPU emulated"  # how the name of an emulated device starts
 

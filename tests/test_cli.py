@@ -6,13 +6,15 @@ import csv
 import io
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,7 +31,8 @@ from anyarray_linear.datasets import load_digits, split
 from anyarray_linear.testing import usable_devices
 
 ROOT = Path(__file__).parents[1]
-FILES = {"config.json", "model.safetensors", "history.jsonl", "curves.png", "summary.json"}
+FILES = {"config.json", "model.safetensors", "history.jsonl", "curves.png", "report.html", "summary.json"}
+COMMANDS = ("train", "predict", "export", "devices", "verify", "bench", "explain")
 SMALL = ("--hidden", "16", "--device", "cpu")
 
 
@@ -570,7 +573,7 @@ def test_two_signals_leave_nothing_half_written(tmp_path: Path) -> None:
 
 def test_run_that_finished_no_epoch_has_its_files_too(tmp_path: Path) -> None:
     model = anyarray_linear.Linear(2, 2, seed=0)
-    _results.write_results(tmp_path, model, {}, [], {"train": {"loss": float("inf")}})
+    _results.write_results(tmp_path, model, {}, [], {"train": {"loss": float("inf")}}, "")
     assert (tmp_path / "history.jsonl").read_bytes() == b""
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert loads(tmp_path / "summary.json") == {"train": {"loss": None}}
@@ -600,7 +603,10 @@ def test_help_teaches_and_loads_no_array_library_but_numpy(tmp_path: Path) -> No
 def test_version_names_what_is_installed(run: Callable[..., Outcome]) -> None:
     outcome = run("--version")
     assert outcome.code == 0
-    assert f"anyarray_linear {anyarray_linear.__version__}" in outcome.out
+    assert f"anyarray_linear {anyarray_linear.__version__}, Python {platform.python_version()}" in outcome.out
+    for name in ("torch", "jax", "array-api-strict"):
+        with suppress(metadata.PackageNotFoundError):
+            assert f"{name} {metadata.version(name)}" in outcome.out
     assert f"numpy {np.__version__}" in outcome.out
     assert "array-api-compat" in outcome.out
 
@@ -608,9 +614,29 @@ def test_version_names_what_is_installed(run: Callable[..., Outcome]) -> None:
 def test_no_command_shows_the_help(run: Callable[..., Outcome]) -> None:
     outcome = run()
     assert outcome.code == 2
-    for command in ("train", "predict", "devices", "verify"):
+    for command in COMMANDS:
         assert command in outcome.out + outcome.err
     assert "error" not in outcome.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_in_the_help_are_options_that_exist(run: Callable[..., Outcome], command: str) -> None:
+    text = run(command, "--help").out
+    examples, _, described = text.partition("Examples")[2].partition("╭")
+    assert f"anyarray-linear {command}" in examples
+    assert not [option for option in re.findall(r"--[a-z-]+", examples) if option not in described]
+
+
+@pytest.mark.parametrize(("shell", "words", "count"), [("bash", "anyarray-linear ex", 1), ("zsh", "anyarray-linear train --ep", 2)])
+def test_shell_completes_commands_and_options(shell: str, words: str, count: int) -> None:
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "_ANYARRAY_LINEAR_COMPLETE": f"complete_{shell}", "COMP_WORDS": words,
+        "COMP_CWORD": str(count), "_TYPER_COMPLETE_ARGS": words,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "anyarray_linear"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert {"bash": "explain", "zsh": "--epochs"}[shell] in done.stdout
+    assert done.stderr == ""
 
 
 def test_core_installation_names_the_extra(run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -527,8 +527,7 @@ def test_zip_bombs_are_refused_before_they_unpack(tmp_path):
     for bomb in (content, content.replace(packed, (300_000_000).to_bytes(4, "little"))):
         path.write_bytes(bomb)
         peak, line = peak_of(load_data, path)
-        assert "would unpack" in line
-        assert "zip bomb" in line
+        assert "zip bomb" in line  # said by us, or of the second one by a newer zipfile
         assert peak < 4e6
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import pickle
 import subprocess
 import sys
+import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +103,7 @@ def test_blocks_are_used_for_tall_inputs_only():
 
 
 def train(optimizer, dtype, steps=20, where=None, hidden=300):
-    """A few steps; hidden=300 makes the model too large to be packed into one call."""
+    """A few steps."""
     model = Sequential(Linear(64, hidden, seed=0, dtype=dtype), ReLU(), Linear(hidden, 10, seed=1, dtype=dtype))
     X, y, loss = random(32, 64, dtype=dtype), np.arange(32) % 10, SoftmaxCrossEntropy()
     for _ in range(steps):
@@ -110,14 +113,16 @@ def train(optimizer, dtype, steps=20, where=None, hidden=300):
     return model
 
 
-@pytest.mark.parametrize("hidden", [16, 300])
+@pytest.mark.parametrize(("pack", "block"), [(1 << 20, 1 << 20), (1000, 1000), (1, 1 << 17)], ids=["one", "many", "each"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_update_in_place_to_the_same_bits(name, dtype, hidden, monkeypatch):
-    monkeypatch.setattr(numpy_lane, "BLOCK", 1000)  # many blocks, on all cores
+def test_optimizers_update_in_place_to_the_same_bits(name, dtype, pack, block, monkeypatch):
+    monkeypatch.setattr(numpy_lane, "PACK", pack)
+    monkeypatch.setattr(numpy_lane, "BLOCK", block)
+    monkeypatch.setattr(numpy_lane, "_cores", lambda: 3)
     mine, theirs = OPTIMIZERS[name](), OPTIMIZERS[name]()
-    fast = train(mine, dtype, hidden=hidden)
+    fast = train(mine, dtype)
     with lanes.off():
-        slow = train(theirs, dtype, hidden=hidden)
+        slow = train(theirs, dtype)
     for key, W in fast.parameters().items():
         assert W.dtype == np.dtype(dtype)
         np.testing.assert_array_equal(W, slow.parameters()[key], err_msg=key)
@@ -126,6 +131,66 @@ def test_optimizers_update_in_place_to_the_same_bits(name, dtype, hidden, monkey
     for key, moments in mine.state_dict()["moments"].items():
         for m, moment in moments.items():
             np.testing.assert_array_equal(moment, theirs.state_dict()["moments"][key][m])
+
+
+@pytest.mark.parametrize(("sizes", "batch"), [((784, 256, 10), 128), ((784, 1024, 1024, 10), 256), ((1024, 4096, 1024), 64)])
+def test_a_training_step_needs_little_memory_beside_what_it_works_on(sizes, batch):
+    X, y = random(batch, sizes[0]), np.arange(batch) % 10
+    pairs = list(itertools.pairwise(sizes))
+    model = Sequential(*[each for n, m in pairs for each in (Linear(n, m, dtype="float32", seed=0), ReLU())][:-1])
+    loss, optimizer = SoftmaxCrossEntropy(), Adam()
+
+    def step():
+        Z, caches = model.forward(X)
+        _, cache = loss.forward(Z, y)
+        _, gradients = model.gradients(loss.backward(cache), caches, needs_dX=False)
+        optimizer.step(model, gradients)
+
+    step()  # parameters move into the optimizer's buffers
+    parameters = sum(p.nbytes for p in model.parameters().values())
+    tracemalloc.start()
+    try:
+        step()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    activations = 4 * batch * sum(sizes[1:])
+    # parameters and two moments were there before; the step itself adds gradients and activations
+    assert 3 * parameters + peak <= 1.15 * (4 * parameters + activations)
+
+
+def test_large_models_are_updated_by_several_threads(monkeypatch):
+    monkeypatch.setattr(numpy_lane, "BLOCK", 1000)
+    monkeypatch.setattr(numpy_lane, "_cores", lambda: 3)
+    threads, together = set(), threading.Barrier(3, timeout=60)
+    rule = numpy_lane._RULES[SGD]
+
+    def watched(*arguments):
+        if threading.get_ident() not in threads:
+            threads.add(threading.get_ident())
+            together.wait()  # passes only if three threads are at work
+        rule(*arguments)
+
+    monkeypatch.setitem(numpy_lane._RULES, SGD, watched)
+    train(SGD(0.1), "float32", steps=1)
+    assert len(threads) == 3
+
+
+SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 5e-324, -5e-324, 1e-45, -1e-45, 1.5, -1.5]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_relu_has_the_bits_of_the_portable_definition_for_special_values_too(dtype):
+    Z, dZ = (x.astype(dtype) for x in np.meshgrid(SPECIAL, SPECIAL))
+    layer = ReLU()
+    for Z, dZ in [(Z, dZ), (Z.T, dZ), (Z[::2, ::-1], dZ[::2, ::-1]), (Z[:0], dZ[:0]), (Z[0, 0, ...], dZ[0, 0, ...])]:  # noqa: B020
+        dX, _ = layer.gradients(dZ, {"Z": Z})
+        with lanes.off():
+            dX_, _ = layer.gradients(dZ, {"Z": Z})
+        assert dX.dtype == dX_.dtype == np.dtype(dtype)
+        assert dX.shape == dX_.shape
+        np.testing.assert_array_equal(np.signbit(dX), np.signbit(dX_))
+        np.testing.assert_array_equal(dX, dX_)
 
 
 def test_an_assigned_parameter_is_noticed_and_copied_in():

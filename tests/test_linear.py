@@ -576,3 +576,27 @@ def test_a_layer_says_what_it_is(backend):
     layer, _, _ = made(backend)
     assert repr(layer) == f"Linear(3, 4, dtype={layer.dtype}, device={backend.device})"
     assert "bias=False" in repr(made(backend, bias=False)[0])
+
+
+class Scaled(Linear):
+    """`Z = (X W^T + b) s`: a layer with one more parameter."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes, seed=0)
+        self.s, self.ds = np.asarray(2.0), None
+
+    def parameters(self):
+        return {**super().parameters(), "s": self.s}
+
+    def gradients(self, dZ, cache, *, needs_dX=True):
+        dX, gradients = super().gradients(dZ * self.s, cache, needs_dX=needs_dX)
+        return dX, {**gradients, "s": np.sum(dZ * linear_forward(cache["X"], self.W, self.b))}
+
+
+def test_a_subclass_may_have_parameters_of_its_own():
+    layer, X, dZ = Scaled(3, 2), np.ones((4, 3)), np.ones((4, 2))
+    _, gradients = layer.gradients(dZ, {"X": X})
+    for times, accumulate in ((1, False), (2, True)):
+        layer.backward(dZ, {"X": X}, accumulate=accumulate)
+        for p in ("W", "b", "s"):
+            np.testing.assert_array_equal(getattr(layer, f"d{p}"), times * gradients[p])

@@ -83,7 +83,7 @@ HERE = "    with __import__('contextlib').nullcontext(__import__('array_api_comp
 ON_SOME = [
     ("strict-device1", "an array created on the default device", of_rank_3, (", device=device_of(W))", ")")),
     ("cupy:1", "Z computed on the current device", of_rank_3, (THERE + "Z", HERE + "Z")),
-    ("cupy:1", "gradients computed on the current device", of_rank_3, (THERE + "gradients", HERE + "gradients")),
+    ("cupy:1", "gradients computed on the current device", of_rank_3, (THERE + "dX", HERE + "dX")),
     ("numpy-readonly", "an input written to", of_inputs, ("    dW = dZ.T", "    dZ *= 1.0\n    dW = dZ.T")),
     ("torch", "db as a running sum in float16", of_float16, (SUM, "sum(dZ[i : i + 1, :] for i in range(len(dZ))) if")),
     ("cupy:0", "db as a running sum in float16", of_float16, (SUM, "sum(dZ[i : i + 1, :] for i in range(len(dZ))) if")),

@@ -15,7 +15,7 @@ from rich.table import Table
 from .._files import atomic_write
 from ..checkpoint import save_model
 
-FILES = ("config.json", "model.safetensors", "history.jsonl", "curves.png", "summary.json")
+FILES = ("config.json", "model.safetensors", "history.jsonl", "curves.png", "report.html", "summary.json")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -24,7 +24,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_results(
-    folder: Path, model: Any, metadata: dict[str, Any], rows: list[dict[str, Any]], summary: dict[str, Any]
+    folder: Path, model: Any, metadata: dict[str, Any], rows: list[dict[str, Any]], summary: dict[str, Any], report: str
 ) -> None:
     """Write all files but config.json, each of them whole, and the summary last: where it is, the others are."""
     picture = io.BytesIO()
@@ -32,6 +32,7 @@ def write_results(
     save_model(model, folder / "model.safetensors", metadata=metadata)
     atomic_write(folder / "history.jsonl", "".join(json.dumps(_plain(row)) + "\n" for row in rows).encode())
     atomic_write(folder / "curves.png", picture.getvalue())
+    atomic_write(folder / "report.html", report.encode())
     write_json(folder / "summary.json", summary)
 
 
@@ -52,6 +53,7 @@ def show(folder: Path, summary: dict[str, Any]) -> None:
         table.add_row(name, *(format(score[column], ".2%" if column == "accuracy" else ".4g") for column in columns))
     console.print(table)
     console.print(f"{escape(str(folder))}: {', '.join(FILES)}", soft_wrap=True)
+    console.print(f"Look at it: {escape((folder / 'report.html').resolve().as_uri())}", soft_wrap=True)
     if "interrupted" in summary:
         console.print(
             f"interrupted after {summary['epochs']} epochs; these are the files of what was trained so far. Go on with\n"

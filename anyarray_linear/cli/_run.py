@@ -67,6 +67,8 @@ class Run:
     model: Sequential
     parts: dict[str, tuple[Host, Host]]
     """Raw `(X, y)` on the host: `train`, and `validation` and `test` where they were asked for."""
+    rows: dict[str, Host]
+    """Which samples of the data each part has, counted from 0."""
     loss: Any
     optimizer: Any
     device: Device
@@ -74,6 +76,7 @@ class Run:
     features: tuple[str, ...] | None
     x_scaling: Scaling | None
     y_scaling: Scaling | None
+    is_digits: bool
 
     def scaled(self, name: str) -> tuple[Host, Host]:
         """A part as the model sees it in training."""
@@ -113,7 +116,8 @@ def prepare(options: Any, group: Group | None = None) -> Run:
     _optimizer(options, steps_per_epoch=1)  # its numbers are checked before the data is read
 
     X, y, classes, features = _data(options)
-    parts = _parts(X, y, options)
+    rows = _rows(y, options)
+    parts = {name: (X[of_part], y[of_part]) for name, of_part in rows.items()}
     X, y = parts["train"]
     x_scaling = y_scaling = None
     unit = 1.0
@@ -134,6 +138,7 @@ def prepare(options: Any, group: Group | None = None) -> Run:
     return Run(
         model=Sequential(*layers[:-1]),
         parts=parts,
+        rows=rows,
         loss=SoftmaxCrossEntropy() if classes is not None else RawSquaredError(unit),
         optimizer=_optimizer(options, math.ceil(len(X) / options.batch_size)),
         device=device,
@@ -141,6 +146,7 @@ def prepare(options: Any, group: Group | None = None) -> Run:
         features=features,
         x_scaling=x_scaling,
         y_scaling=y_scaling,
+        is_digits=options.data is None,
     )
 
 
@@ -186,14 +192,13 @@ def _data(options: Any) -> tuple[Host, Host, tuple[str, ...] | None, tuple[str, 
     return X, y, classes, features
 
 
-def _parts(X: Host, y: Host, options: Any) -> dict[str, tuple[Host, Host]]:
-    """The test samples are taken first, so they are the same whatever is used for validation."""
-    parts = {}
+def _rows(y: Host, options: Any) -> dict[str, Host]:
+    """Which samples each part has; the test's are taken first, so they are the same whatever is used for validation."""
+    parts, rows = {}, np.arange(len(y))
     for name in ("test", "validation"):
         if fraction := getattr(options, name):
-            X, y, held_X, held_y = split(X, y, test=fraction, seed=options.seed)
-            parts[name] = held_X, held_y
-    return dict(reversed({**parts, "train": (X, y)}.items()))
+            rows, _, parts[name], _ = split(rows, y[rows], test=fraction, seed=options.seed)
+    return dict(reversed({**parts, "train": rows}.items()))
 
 
 def _scaling(x: Host, options: Any, names: tuple[str, ...] | None, is_target: bool = False) -> Scaling:

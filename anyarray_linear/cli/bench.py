@@ -100,6 +100,12 @@ def bench(
 
     Peers that are not installed are left out. pip install "anyarray_linear[bench]" brings all but PyTorch, whose default
     build brings gigabytes of CUDA along: choose one at pytorch.org.
+
+    **Examples**
+
+    - `anyarray-linear bench --quick`
+    - `anyarray-linear bench --only layer,step --peers torch,jax --plot roofline.png`
+    - `anyarray-linear bench --device cuda --json bench.json`
     """
     place = _place(device)
     stand_in = place.name.startswith("CuPy CPU emulated")

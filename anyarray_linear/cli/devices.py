@@ -28,6 +28,12 @@ def devices(
 
     A CUDA device is listed once a kernel and a matrix product have run on it. With --doctor, each step is shown with its
     time, and for the first failure what to do about it.
+
+    **Examples**
+
+    - `anyarray-linear devices`
+    - `anyarray-linear devices --doctor`
+    - `anyarray-linear devices --device cuda:1 --json`
     """
     report = _report(device)
     if json_:

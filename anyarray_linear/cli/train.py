@@ -23,6 +23,7 @@ from ..checkpoint import checkpoints
 from ..losses import MeanSquaredError
 from ..training import History, evaluate, fit
 from ._common import BAD_INPUT, StopSignals
+from ._report import Norms, report
 from ._results import FILES, show, write_json, write_results
 from ._run import LR, Run, bad, prepare
 
@@ -107,7 +108,8 @@ def train(
     your file: classes or numbers, whichever its target has.
 
     The folder gets `model.safetensors` (PyTorch reads it too), `summary.json` (loss and accuracy on training, validation
-    and test samples), `history.jsonl` (a line per epoch), `curves.png`, `config.json`, and `checkpoints` to resume from.
+    and test samples), `report.html` (a page to look at), `history.jsonl` (a line per epoch), `curves.png`, `config.json`,
+    and `checkpoints` to resume from.
     Features are scaled while training only: the saved model contains the scaling, and takes your data as it is. Ctrl-C
     ends training after the step at hand; all files are written then too.
 
@@ -265,7 +267,9 @@ def _train(run: Run, options: Any, folder: Path, stop: StopSignals, group: distr
         summary["ranks"] = group.size
     if history.interrupted:
         summary |= {"interrupted": True, "epochs": len(history.rows)}
-    write_results(folder, model, {"classes": run.classes, "features": run.features}, history.rows, summary)
+    metadata = {"classes": run.classes, "features": run.features}
+    page = report(run, model, folder, config, history.rows, summary)
+    write_results(folder, model, metadata, history.rows, summary, page)
     show(folder, summary)
 
 
@@ -274,10 +278,11 @@ def _fit(
 ) -> tuple[History, int]:
     """The history, and how many of its epochs are from before this run was resumed."""
     X, y = run.scaled("train")
-    rows_now = []
+    rows_now, norms = [], Norms(run, X, y)
 
     def score(model: Any, row: dict[str, Any]) -> None:
         rows_now.append(row)
+        row.update(norms(model))
         if run.classes is not None:
             row["accuracy"] = evaluate(model, X[:_SCORED_ROWS], y[:_SCORED_ROWS], loss=run.loss)["accuracy"]
 

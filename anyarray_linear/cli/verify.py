@@ -40,6 +40,12 @@ def verify(
     dW and db show the worst error as a share of the sharp bound for random data. gradcheck is the relative error against
     finite differences in float64, adjoint the difference of <dZ, J V> and <J^T dZ, V> as a share of its bound. Exit code
     1 when anything is over its bound.
+
+    **Examples**
+
+    - `anyarray-linear verify`
+    - `anyarray-linear verify --device cpu --device cuda:0`
+    - `anyarray-linear verify --require-cuda --json`
     """
     report = _report(device)
     if require_cuda and not any(row["device"].startswith("cuda") for row in report["rows"]):

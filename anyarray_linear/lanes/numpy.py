@@ -31,7 +31,7 @@ np.empty((1 << 25) - (1 << 13), np.uint8)
 BLOCK_BYTES = 1 << 20
 """How much of `X` and `dZ` together makes a block: what stays in the second-level cache of today's cores."""
 
-PACK = 1 << 16
+PACK = 1 << 14
 """Neighbouring parameters of up to so many elements together are updated by one call for all of them."""
 BLOCK = 1 << 17
 """Elements updated at a time. With smaller blocks, threads spend more time on handing each other the interpreter than the
@@ -49,10 +49,12 @@ def ones_row(count: int, dtype: Any) -> Array:
     return row
 
 
+TALL = 2048
+"""Fewer rows are never worked through in blocks."""
+
+
 def block_rows(X: Array, W: Array) -> int:
-    """How many rows make a block; 0 where the rows are too few or too long for blocks to help."""
-    if X.shape[0] < 2048:
-        return 0
+    """How many rows make a block; 0 where they are too long, or too few, for blocks to help."""
     out_features, in_features = W.shape
     rows: int = BLOCK_BYTES // ((in_features + out_features) * X.itemsize)
     return rows if rows >= 512 and X.shape[0] >= 4 * rows else 0
@@ -60,7 +62,7 @@ def block_rows(X: Array, W: Array) -> int:
 
 def forward(xp: Namespace, X: Array, W: Array, b: Array | None) -> Array:
     """`Z = X W^T + b`."""
-    rows = block_rows(X, W)
+    rows = block_rows(X, W) if len(X) >= TALL else 0
     if not rows:
         Z = X.dot(W.T) if X.size < SMALL and W.size < SMALL else X @ W.T
         if b is not None:
@@ -79,7 +81,7 @@ def backward(
     xp: Namespace, dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool
 ) -> tuple[Array | None, Array, Array | None]:
     """`dX = dZ W`, `dW = dZ^T X` and `db = 1^T dZ`."""
-    rows = block_rows(X, W)
+    rows = block_rows(X, W) if len(X) >= TALL else 0
     if not rows:
         product = np.ndarray.dot if X.size < SMALL and W.size < SMALL else np.matmul
         db = ones_row(len(dZ), dZ.dtype).dot(dZ) if bias else None
@@ -153,6 +155,14 @@ def cross_entropy_gradient(xp: Namespace, P: Array, T: Array) -> Array:
     return dZ
 
 
+# the training loop
+
+
+def all_finite(xp: Namespace, x: Array) -> bool:
+    """Whether no element is NaN or infinite; the sum without what `np.sum` has around it."""
+    return math.isfinite(np.add.reduce(x, axis=None)) or bool(np.isfinite(x).all())
+
+
 # the optimizer
 
 
@@ -173,18 +183,20 @@ def apply(
         return None
     if optimizer.clip_norm is not None:
         gradients = clipped(gradients, optimizer.clip_norm)
-    if flat.W.size <= BLOCK and flat.W.size <= PACK:  # the usual case of a small model, without what only large ones need
+    if flat.W.size <= min(PACK, BLOCK):  # the usual case of a small model, without what only large ones need
         ((W, dW, moments),) = _pieces(flat, gradients)
         rule(optimizer, W, dW, moments, np.empty_like(dW), lr, optimizer.steps)
         return None
+    cores = min(_cores(), flat.W.size // (2 * BLOCK))
+    size = BLOCK if cores > 1 else BLOCK // 2  # one thread alone needs no more, and less scratch memory
     blocks = [
-        (W[i : i + BLOCK], dW[i : i + BLOCK], [moment[i : i + BLOCK] for moment in moments])
+        (W[i : i + size], dW[i : i + size], [moment[i : i + size] for moment in moments])
         for W, dW, moments in _pieces(flat, gradients)
-        for i in range(0, W.size, BLOCK)
+        for i in range(0, W.size, size)
     ]
 
     def update() -> None:
-        scratch = np.empty(min(BLOCK, flat.W.size), flat.W.dtype)
+        scratch = np.empty(min(size, flat.W.size), flat.W.dtype)
         with suppress(IndexError):  # when none is left
             while True:
                 W, dW, moments = blocks.pop()
@@ -192,7 +204,7 @@ def apply(
 
     # threads take the next block when they are done with one: a BLAS thread that still spins after its last product takes up
     # to half of a core from one of them
-    _on_cores(update, min(_cores(), len(blocks) // 2) if len(blocks) > 3 else 1)
+    _on_cores(update, cores)
     return None
 
 

@@ -1,0 +1,205 @@
+"""Models as ONNX files, which ONNX Runtime and many other programs run without this library.
+
+A `Linear` is a `Gemm` with `transB=1`, `Z = X W^T + b`; an activation is its formula in ONNX's operators. A layer that
+stands at several positions has its weights in the file once, under the names that `save_model` gives them, which are
+PyTorch's. The file's input is `X` `(batch, in_features)`, with any batch size, its output `Z` `(batch, out_features)`, or
+`P`, the softmax of `Z`, where that is asked for. `classes`, `features` and what else the metadata has are the file's
+metadata, as JSON.
+
+Only the `onnx` package is needed, and nothing is computed: a float16 model is exported without a device that runs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from .._files import atomic_write
+from ..activations import GELU
+from ..checkpoint import CheckpointError, _architecture, _json, _read, _shown, _told, _weights
+from ..protocol import join
+
+Host = np.ndarray[Any, Any]
+Spec = Mapping[str, Any]
+
+OPSET, _IR_VERSION = 13, 7
+"""What the files are written in: old enough for nearly every reader (ONNX 1.8), and with `Softmax` as it is today."""
+
+_Step = tuple[str, ...]  # the name of a result, the operator, and the names of its inputs
+_FORMULAS: dict[str, tuple[_Step, ...]] = {
+    "ReLU": (("Z", "Relu", "X"),),
+    "Tanh": (("Z", "Tanh", "X"),),
+    "Sigmoid": (("Z", "Sigmoid", "X"),),
+    "SiLU": (("S", "Sigmoid", "X"), ("Z", "Mul", "X", "S")),
+    # not the operator Gelu: its definition has the constants in float32, so in float64 it is off by 1e-8
+    "GELU": (
+        *(("S", "Mul", "X", "X"), ("C", "Mul", "S", "gelu.c"), ("D", "Add", "C", "gelu.one")),
+        *(("A", "Mul", "X", "gelu.a"), ("U", "Mul", "A", "D"), ("T", "Tanh", "U")),
+        *(("H", "Mul", "X", "gelu.half"), ("V", "Add", "T", "gelu.one"), ("Z", "Mul", "H", "V")),
+    ),
+}
+_CONSTANTS = {"gelu.a": GELU._a, "gelu.c": GELU._c, "gelu.half": 0.5, "gelu.one": 1.0}
+_MOST_BYTES = 2**31 - 2**24  # protobuf's limit is 2 GiB, and names and metadata take some of it
+
+
+def to_onnx(model: Any, *, softmax: bool = False, metadata: Mapping[str, Any] | None = None) -> Any:
+    """The `onnx.ModelProto` of `model`: a `Linear`, or a `Sequential` of this library's layers, nested in any way.
+
+    softmax: end with the softmax of the outputs, for a classifier whose users want probabilities.
+    metadata: as in `save_model`, such as `{"classes": ["cat", "dog"], "features": ["ears", "tail"]}`.
+
+    Raises `ImportError` without the `onnx` package, `ValueError` for a model that ONNX cannot express (a layer of another
+    class, no `Linear`, layers that do not fit each other, more than 2 GiB), `TypeError` for metadata that JSON cannot hold.
+
+    >>> from anyarray_linear import Linear, ReLU, Sequential
+    >>> proto = to_onnx(Sequential(Linear(3, 4), ReLU(), Linear(4, 2)))
+    >>> [node.op_type for node in proto.graph.node], [each.name for each in proto.graph.initializer]
+    (['Gemm', 'Relu', 'Gemm'], ['0.weight', '0.bias', '2.weight', '2.bias'])
+    """
+    return _proto(_architecture(model), _weights(model), softmax, _json("metadata", {} if metadata is None else metadata))
+
+
+def export_onnx(
+    model: Any, path: str | os.PathLike[str], *, softmax: bool = False, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write `to_onnx(model, ...)` to the file `path`, atomically. Raises as `to_onnx`, and `OSError`."""
+    atomic_write(path, to_onnx(model, softmax=softmax, metadata=metadata).SerializeToString())
+
+
+def file_to_onnx(path: str | os.PathLike[str], *, softmax: bool = False) -> Any:
+    """The `onnx.ModelProto` of the model in a file of `save_model` or `save_checkpoint`, with the metadata it has there.
+
+    Raises `CheckpointError` for a file that is damaged, or whose model ONNX cannot express.
+    """
+    file = _read(path)
+    if file.info is None:
+        raise CheckpointError(
+            f"{path} holds no architecture, as it is not a file of this library; "
+            "build the model, fill it with load_model(path, into=model), and use export_onnx"
+        )
+    try:
+        metadata = {} if "optimizer" in file.info else file.info["metadata"]  # a checkpoint's is the state of the run
+        return _proto(file.info["architecture"], file.weights, softmax, metadata)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {_told(error)}") from error
+
+
+def _proto(architecture: Spec, weights: Mapping[str, Host], softmax: bool, metadata: Mapping[str, Any]) -> Any:
+    onnx = _onnx()
+    positions = list(_positions(architecture, "", {}))
+    _check(positions, weights)
+    linear = [spec for _, _, spec in positions if spec["type"] == "Linear"]
+    in_features, out_features = linear[0]["in_features"], linear[-1]["out_features"]
+    classes = metadata.get("classes")
+    if isinstance(classes, (list, tuple)) and len(classes) != out_features:
+        raise ValueError(f"metadata names {len(classes)} classes, but the model has {out_features} outputs")
+
+    nodes: list[Any] = []
+    X = "X"
+    for position, first, spec in positions:
+        for Z, operator, *inputs in _steps(position, first, spec, X):
+            options = {"transB": 1} if operator == "Gemm" else {}
+            nodes.append(onnx.helper.make_node(operator, inputs, [Z], name=f"{Z}:{operator}", **options))
+            X = Z
+    nodes[-1].output[0] = "Z"
+    if softmax:
+        nodes.append(onnx.helper.make_node("Softmax", ["Z"], ["P"], name="P:Softmax", axis=1))
+    dtype = next(iter(weights.values())).dtype
+    values = {**weights, **{name: np.asarray(value, dtype=dtype) for name, value in _CONSTANTS.items()}}
+    used = dict.fromkeys(name for node in nodes for name in node.input if name in values)  # each once, in order
+    kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+    describe = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes,
+        "anyarray_linear",
+        [describe("X", kind, ["batch", in_features])],
+        [describe("P" if softmax else "Z", kind, ["batch", out_features])],
+        [onnx.numpy_helper.from_array(values[name], name) for name in used],
+    )
+    from .. import __version__
+
+    proto = onnx.helper.make_model(
+        graph,
+        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+        ir_version=_IR_VERSION,
+        producer_name="anyarray_linear",
+        producer_version=__version__,
+    )
+    known = {name: json.dumps(value) for name, value in metadata.items() if value is not None}
+    onnx.helper.set_model_props(proto, known)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _positions(spec: Spec, path: str, made: dict[str, Spec]) -> Iterator[tuple[str, str, Spec]]:
+    """`(position, first position, description)` of every layer that is no container, in the order in which they run."""
+    if "same_as" in spec:
+        yield path, spec["same_as"], made[spec["same_as"]]
+    elif spec["type"] == "Sequential":
+        for i, inner in enumerate(spec["layers"]):
+            yield from _positions(inner, join(path, str(i)), made)
+    else:
+        made[path] = spec
+        yield path, path, spec
+
+
+def _check(positions: list[tuple[str, str, Spec]], weights: Mapping[str, Host]) -> None:
+    """Raise `ValueError` unless ONNX can express the layers, and they fit each other and their weights."""
+    width: int | None = None
+    dtypes: dict[str, str] = {}
+    expected = set()
+    for position, _, spec in positions:
+        kind = spec["type"]
+        if spec.get("custom") or kind not in ("Linear", *_FORMULAS):
+            raise ValueError(
+                f"layer {position or 'of the model'} is {_shown(spec)}, which has no operator in ONNX; "
+                "export a model of this library's own layers"
+            )
+        if kind != "Linear":
+            continue
+        if width not in (None, spec["in_features"]):
+            raise ValueError(f"layer {position} takes {spec['in_features']} features, but the one before it gives {width}")
+        width = spec["out_features"]
+        shapes = {"weight": (width, spec["in_features"])} | ({"bias": (width,)} if spec["bias"] else {})
+        for p, shape in shapes.items():
+            name = join(position, p)
+            if weights[name].shape != shape:
+                raise ValueError(f"{name} has shape {weights[name].shape}, but the layer is {_shown(spec)}")
+            expected.add(name)
+            dtypes.setdefault(weights[name].dtype.name, name)
+    if width is None:
+        raise ValueError("the model has no Linear layer, so nothing says how many features and which dtype it takes")
+    if unknown := sorted(weights.keys() - expected):
+        raise ValueError(f"there is {unknown[0]}, which belongs to no layer")
+    if len(dtypes) > 1:
+        raise ValueError("the layers are of more than one dtype: " + ", ".join(f"{n} is {d}" for d, n in dtypes.items()))
+    if (size := sum(x.nbytes for x in weights.values())) > _MOST_BYTES:
+        raise ValueError(f"the weights have {size:,} bytes, but an ONNX file holds less than 2 GiB")
+
+
+def _steps(position: str, first: str, spec: Spec, X: str) -> Iterator[_Step]:
+    """The operations of one layer, in order, with the input named `X`; its weights are those of its `first` position."""
+    if spec["type"] == "Linear":
+        weights = [join(first, p) for p in ("weight", "bias") if p == "weight" or spec["bias"]]
+        yield join(position, "Z"), "Gemm", X, *weights
+        return
+    for Z, operator, *inputs in _FORMULAS[spec["type"]]:
+        yield (
+            join(position, Z), operator,
+            *(X if name == "X" else name if name in _CONSTANTS else join(position, name) for name in inputs),
+        )  # fmt: skip
+
+
+def _onnx() -> Any:
+    try:
+        import onnx
+        import onnx.checker
+        import onnx.helper
+        import onnx.numpy_helper
+    except ImportError as error:
+        raise ImportError('exporting needs the onnx package; pip install "anyarray_linear[onnx]"') from error
+    return onnx
