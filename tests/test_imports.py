@@ -130,7 +130,7 @@ distributed
 linear activations losses optimizers
 lanes.flat sequential
 lanes.numpy lanes.cupy
-checkpoint testing
+checkpoint testing worked_example
 training
 datasets interop
 cli
