@@ -19,9 +19,8 @@ import re
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -30,7 +29,7 @@ import numpy as np
 
 from ._arrays import Array, check_array, computing_on, dtype_name, namespace, reading_is_free
 from ._progress import Progress
-from .device import Device
+from .device import Device, explained_memory
 from .distributed import Group, adopt, digest, snapshot
 from .initializers import layer_seed
 from .lanes import lane
@@ -41,6 +40,7 @@ Callback = Callable[[Any, Row], bool | None]
 
 _ORDERS = int.from_bytes(b"fit")  # the child of the seed whose children give the orders; a layer of that seed has others
 _LOOKED_AT = 16  # rows that are compared at resume
+_VALIDATED = 1 << 20  # numbers in the inputs and outputs of all layers, in validation; a few MB
 _CHUNK = 1 << 22  # elements read at once when values are checked, so that a memory-mapped file needs little memory
 
 
@@ -363,26 +363,10 @@ def _judged(xp: Any, guard: _Guard, step: int, value: Array, gradients: Iterable
     return apply
 
 
-@contextmanager
-def _memory_advice(device: Device, batch_size: int) -> Iterator[None]:
-    """Running out of memory says what there was and what to change, and gives back what the step had taken."""
-    try:
-        yield
-    except MemoryError as error:
-        # the frames that failed still hold their arrays; without them, the device's pool can be emptied
-        traceback.clear_frames(error.__traceback__)
-        advice = f"use a smaller batch_size than {batch_size}, a smaller dtype (float32, not float64) or another device"
-        what = str(error) or "an allocation failed"
-        error.__traceback__ = None
-        device.empty_cache()
-        try:
-            free, total = device.memory()
-        except NotImplementedError:
-            raise MemoryError(f"{what}; {advice}") from None
-        raise MemoryError(
-            f"{what}; {device} has {free / 2**20:,.0f} MiB free of {total / 2**20:,.0f} MiB, now that this step's arrays "
-            f"are gone; {advice}"
-        ) from None
+def _memory_advice(device: Device, batch_size: int) -> AbstractContextManager[None]:
+    """A context in which running out of memory says what to change."""
+    advice = f"use a smaller batch_size than {batch_size}, a smaller dtype (float32, not float64) or another device"
+    return explained_memory(device, advice)
 
 
 @contextmanager
@@ -490,8 +474,10 @@ def fit(
                 raise TypeError("validation is neither (X, y) nor a fraction of the rows") from None
             _check_rows(held_X, held_y, ("the validation X", "the validation y"))
             held = _Data(held_X, held_y, device, dtype)
-            _check_data(model, loss, held, ("the validation X", "the validation y"))
-        _check_data(model, loss, data, ("X", "y"))
+        with _memory_advice(device, batch_size):
+            if held is not None:
+                _check_data(model, loss, held, ("the validation X", "the validation y"))
+            _check_data(model, loss, data, ("X", "y"))
         stored = _stored_seed(checkpoint, model) if seed is None and resume and checkpoint and not group.rank else None
         root = group.exchange(stored or layer_seed(seed))[0]  # only now: a Generator spawns a child each time
         if held_count:
@@ -666,7 +652,7 @@ class _Run:
             "lr": self.optimizer.learning_rate(self.optimizer.steps - 1),
         }
         if self.held is not None:
-            scores = _evaluate(self.model, self.held, self.loss, max(self.batch_size, 1024))
+            scores = _evaluate(self.model, self.held, self.loss, self.scored_rows())
             row.update({f"validation_{name}": score for name, score in scores.items()})
         row["seconds"] = self.seconds + time.perf_counter() - began
         score = row.get("validation_loss", row["loss"])
@@ -678,6 +664,11 @@ class _Run:
         self.guard.start_epoch()
         self.whole = True
         return row
+
+    def scored_rows(self) -> int:
+        """How many rows are validated at once: 1024, or as many as have a million numbers in all layers, or a batch."""
+        per_row = math.prod(self.data.X.shape[1:]) + sum(W.shape[0] for W in parameters(self.model).values() if W.ndim > 1)
+        return max(self.batch_size, min(1024, _VALIDATED // max(1, per_row)))
 
     def judge(self) -> tuple[float, int]:
         """Read what the device summed, the loss and its rows; raise `NonFiniteError` if something was not finite."""
