@@ -152,7 +152,7 @@ def save_checkpoint(
     of any size come back. `state["step"]` numbers the file; without it, the optimizer's steps do.
     keep: how many checkpoints stay, the newest ones. best: whether to write `folder/best.safetensors` as well.
 
-    Returns the path of the checkpoint. The folder is made if need be.
+    Returns the path of the checkpoint. The folder is made if need be. An old one that cannot be removed is warned of.
 
     Raises `TypeError` for a state that JSON cannot hold, and `OSError` where the file cannot be written; what was in the
     folder is intact then.
@@ -174,7 +174,10 @@ def save_checkpoint(
     atomic_write(path, data)
     past = [old for old in checkpoints(folder) if _step(old) <= step]
     for old in past[keep:]:
-        old.unlink(missing_ok=True)
+        try:
+            old.unlink(missing_ok=True)
+        except OSError as error:  # the new one is safe, which is what matters
+            warnings.warn(f"an old checkpoint cannot be removed: {error}", RuntimeWarning, stacklevel=2)
     return path
 
 

@@ -513,6 +513,8 @@ def killed_at_random(tmp_path, kills, epochs):
             if checkpoints(tmp_path):
                 state = load_checkpoint(tmp_path, network(), OPTIMIZERS["adamw"]())  # a damaged file would warn, so fail
                 reached.append(state["step"])
+                for path in tmp_path.glob("*.safetensors"):  # the older ones and the best, too
+                    load_model(path)
         nursery.stdin.close()
     model = network()
     last = train(model, OPTIMIZERS["adamw"](), checkpoint=tmp_path, checkpoint_every=1, resume=True, epochs=epochs)
