@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import re
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
     """Write `data` to the file `path`, so that a crash at any moment leaves either the old file or the new one.
 
     data: the bytes, or a function that writes them to a binary file it is given: `lambda file: np.save(file, x)`.
-    A `path` that is a symbolic link stays one; what it points to is replaced.
+    A `path` that is a symbolic link stays one; what it points to is replaced. A file that was there leaves its permissions.
 
     Raises `OSError` (of the subclass that fits) naming the file; the file that was there is intact then, and nothing else
     is left in the folder.
@@ -47,6 +48,8 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
     try:
         try:
             with open(part, "xb") as file:
+                if sys.platform != "win32" and target.exists():  # what is for one's own eyes stays so
+                    os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

@@ -21,6 +21,7 @@ import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +31,9 @@ import numpy as np
 from ._arrays import Array, describe, dtype_name
 from ._files import atomic_write
 from .activations import GELU, ReLU, Sigmoid, SiLU, Tanh
-from .device import Device, select_device
+from .device import Device, explained_memory, select_device
 from .linear import Linear
-from .protocol import join, leaves
+from .protocol import join, leaves, parameters
 from .sequential import Sequential
 
 Host = np.ndarray[Any, Any]
@@ -41,6 +42,7 @@ FORMAT = 1
 _KEY = "anyarray_linear"  # one entry in the file's metadata, as safetensors writes several in random order
 _MOMENT = "optimizer/"  # how the names of an optimizer's tensors start
 _STEP = re.compile(r"step-([0-9]+)\.safetensors")
+_CURE = "free some first, or use another device"
 _ACTIVATIONS = {kind.__name__: kind for kind in (ReLU, Tanh, Sigmoid, SiLU, GELU)}
 _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -99,7 +101,9 @@ def load_model(path: str | os.PathLike[str], *, device: Any = None, into: Any = 
     if into is not None:
         if device is not None:
             raise ValueError("into has its device already; leave device out, or move the model with into.to(device)")
-        _assign(_arrays(_matched(path, _read(path, lambda info: _size(into)).weights, into)))
+        matched = _matched(path, _read(path, lambda info: _size(into)).weights, into)
+        with _memory_advice(into):
+            _assign(_arrays(matched))
         return into
 
     def described(info: dict[str, Any] | None) -> float:
@@ -114,7 +118,8 @@ def load_model(path: str | os.PathLike[str], *, device: Any = None, into: Any = 
     file = _read(path, described)
     assert file.info is not None
     try:
-        model = _built(file.info["architecture"], "", file.weights, place, {})
+        with explained_memory(place, _CURE):
+            model = _built(file.info["architecture"], "", file.weights, place, {})
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -147,7 +152,7 @@ def save_checkpoint(
     of any size come back. `state["step"]` numbers the file; without it, the optimizer's steps do.
     keep: how many checkpoints stay, the newest ones. best: whether to write `folder/best.safetensors` as well.
 
-    Returns the path of the checkpoint. The folder is made if need be.
+    Returns the path of the checkpoint. The folder is made if need be. An old one that cannot be removed is warned of.
 
     Raises `TypeError` for a state that JSON cannot hold, and `OSError` where the file cannot be written; what was in the
     folder is intact then.
@@ -169,7 +174,10 @@ def save_checkpoint(
     atomic_write(path, data)
     past = [old for old in checkpoints(folder) if _step(old) <= step]
     for old in past[keep:]:
-        old.unlink(missing_ok=True)
+        try:
+            old.unlink(missing_ok=True)
+        except OSError as error:  # the new one is safe, which is what matters
+            warnings.warn(f"an old checkpoint cannot be removed: {error}", RuntimeWarning, stacklevel=2)
     return path
 
 
@@ -199,7 +207,8 @@ def load_checkpoint(
             warnings.warn(f"skipping a checkpoint: {error}", RuntimeWarning, stacklevel=2)
             damaged.append(str(error))
             continue
-        _resume(path, file, file.info, model, optimizer, check)
+        with _memory_advice(model):
+            _resume(path, file, file.info, model, optimizer, check)
         return dict(file.info["metadata"])
     raise CheckpointError(f"{folder} holds no good checkpoint" + "".join(f"\n  {why}" for why in damaged))
 
@@ -350,6 +359,12 @@ def _arrays(matched: list[tuple[Any, str, Host]]) -> list[tuple[Any, str, Array]
 def _assign(new: list[tuple[Any, str, Array]]) -> None:
     for layer, p, x in new:
         setattr(layer, p, x)
+
+
+def _memory_advice(model: Any) -> AbstractContextManager[None]:
+    """A context in which running out of memory says what to change, where the model's parameters are."""
+    first = next(iter(parameters(model).values()), np.empty(0))
+    return explained_memory(Device.of(first), _CURE)
 
 
 def _some(names: list[str]) -> str:

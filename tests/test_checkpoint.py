@@ -399,6 +399,28 @@ def test_a_file_has_the_usual_permissions_and_links_stay_links(tmp_path: Path) -
     assert (tmp_path / "f").read_bytes() == b"new"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_file_that_others_may_not_read_is_replaced_by_one_that_they_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "f").write_bytes(b"old")
+    (tmp_path / "f").chmod(0o600)
+    modes, fsync = [], os.fsync
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: modes.append(os.fstat(descriptor).st_mode) or fsync(descriptor))
+    atomic_write(tmp_path / "f", b"new")
+    assert stat.S_IMODE(modes[0]) == stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o600
+    assert (tmp_path / "f").read_bytes() == b"new"
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "step-000000001.safetensors").mkdir()
+    save_checkpoint(tmp_path, small_model(), Adam(), state={"step": 2}, keep=2)
+    with pytest.warns(RuntimeWarning, match=r"an old checkpoint cannot be removed: .*step-000000001\.safetensors"):
+        path = save_checkpoint(tmp_path, small_model(), Adam(), state={"step": 3}, keep=2)
+    assert checkpoints(tmp_path)[0] == path
+    assert load_checkpoint(tmp_path, small_model(), Adam()) == {"step": 3}
+
+
 def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match=r"no file to be replaced.*folder"):
@@ -1165,17 +1187,26 @@ def writer(folder: Path, steps: int) -> subprocess.Popen[bytes]:
 def killed_while_writing(folder: Path, kills: int) -> None:
     """Kill a process that writes checkpoints, again and again, at random moments; nothing it leaves is damaged."""
     chance, reached = random.Random(1), 0
-    for _ in range(kills):
+
+    def newest() -> int:
+        return max((int(path.stem[5:]) for path in checkpoints(folder)), default=0)
+
+    for kill in range(kills):
         with writer(folder, 10**9) as process:
             assert process.stdout is not None
             start = int(process.stdout.readline())
             assert start >= reached
-            reached = start
-            time.sleep(chance.random() * 0.1)
+            reached, began = start, time.monotonic()
+            if kill % 8 != 7:  # in the midst of writing, however fast the disk is; else at once
+                while newest() == start:
+                    assert process.poll() is None
+                    assert time.monotonic() - began < 120, "it makes no progress"
+                    time.sleep(0.0005)
+                time.sleep(chance.random() * (time.monotonic() - began))
             process.send_signal(signal.SIGKILL)
         for path in folder.glob("*.safetensors"):
             load_model(path)
-    assert reached > kills / 2, "the processes were killed before they wrote"
+    assert reached > kills / 2
     last = read_metadata(checkpoints(folder)[0])["step"] + 1
     unbroken = folder.with_name("unbroken")
     for run in (folder, unbroken):

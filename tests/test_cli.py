@@ -461,6 +461,22 @@ def test_disk_that_is_full_at_the_end_is_one_line_and_resume_finishes(
     assert {path.name for path in Path("out").iterdir()} == FILES | {"checkpoints"}
 
 
+def test_a_config_that_cannot_be_written_leaves_the_one_that_was_there(
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("train", "--out", "out", "--epochs", 1, *SMALL).code == 0
+    before = {path: path.read_bytes() for path in Path("out").iterdir() if path.is_file()}
+    with monkeypatch.context() as patch:
+
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr("anyarray_linear._files.os.fsync", full)
+        assert_refused(run("train", "--out", "out", "--resume", "--epochs", 2), "config.json", "No space left", "is unchanged")
+    assert {path: path.read_bytes() for path in Path("out").iterdir() if path.is_file()} == before
+    assert run("train", "--out", "out", "--resume", "--epochs", 2).code == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Resume, signals
 

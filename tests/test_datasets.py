@@ -288,6 +288,20 @@ def test_features_are_found_by_the_names_trained_on(tmp_path):
     assert load_features(write(tmp_path, "1,2\n3,4\n"), 2, features=("a", "b")).tolist() == [[1, 2], [3, 4]]
 
 
+def test_a_header_of_some_numbers_is_read_where_it_is_sure_to_be_one(tmp_path):
+    path = write(tmp_path, "id,2019,2020,kind\n1,2,3,0\n4,5,6,1\n")
+    data = load_data(path, target="kind")
+    assert (data.X.tolist(), data.features) == ([[1, 2, 3], [4, 5, 6]], ("id", "2019", "2020"))
+    assert load_features(path, 3, features=data.features).tolist() == data.X.tolist()
+    years = write(tmp_path, "2019,2020\n1,2\n3,4\n")  # no sample, though each cell is a number
+    assert load_features(years, 2, features=("2019", "2020")).tolist() == [[1, 2], [3, 4]]
+
+
+def test_names_with_underscores_and_of_any_script_are_names(tmp_path):
+    data = load_data(write(tmp_path, "a,b,c\n 1 ,2,big_1\n3,\u00a04,\u0661\n5,6,1_0\n"))
+    assert (data.X.tolist(), data.classes) == ([[1, 2], [3, 4], [5, 6]], ("1_0", "big_1", "\u0661"))
+
+
 def test_a_path_may_be_text_and_its_extension_in_capitals(tmp_path):
     assert load_data(str(write(tmp_path, "1,0\n2,1\n", "DATA.CSV"))).y.tolist() == [0, 1]
 
@@ -330,6 +344,13 @@ def test_a_path_may_be_text_and_its_extension_in_capitals(tmp_path):
         ("a,b\n1," + "x" * 200_000 + "\n", "line 2: field larger than field limit"),
         ("1," * 2_200_000, "line 1 is longer than 4194304 characters"),
         ("a\nb,c\n1,2\n", "has one column only"),
+        ("a,b,c\n1_000,2,0\n", "line 2, column 'a' is '1_000', not a number"),
+        ("a,b,c\n1,\u0661\u0662,0\n", "line 2, column 'b' is '\u0661\u0662', not a number"),
+        ("1,x,0\n3,4,1\n", "the first line has numbers, but its column 2 is 'x'; if it is a sample, correct that cell"),
+        ("x,0\n1.5,1\n", "the first line has numbers, but its column 1 is 'x'"),
+        ("1,,0\n3,4,1\n", "the first line has numbers, but its column 2 is ''"),
+        ("1_000,2,0\n3,4,1\n", "the first line has numbers, but its column 1 is '1_000'"),
+        ("id,2019,2020,kind\n1,2,3,0\n", "if it is a header, let each name begin with a letter, or name the target column"),
     ],
 )  # fmt: skip
 def test_bad_csv_is_refused_by_line_and_column(tmp_path, text, says):

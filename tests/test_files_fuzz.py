@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anyarray_linear import SGD, Adam, Linear, Sequential, Tanh, checkpoint
+from anyarray_linear import SGD, Adam, Linear, NonFiniteError, Sequential, SoftmaxCrossEntropy, Tanh, checkpoint, fit
 from anyarray_linear.checkpoint import CheckpointError, load_checkpoint, load_model, read_metadata, save_checkpoint
 
 pytest.importorskip("safetensors")
@@ -174,6 +174,51 @@ def test_a_few_hundred_damaged_files_are_refused_or_as_before(tmp_path: Path) ->
 @pytest.mark.slow
 def test_ten_thousand_damaged_files_are_refused_or_as_before(tmp_path: Path) -> None:
     fuzz(tmp_path, 10_000)
+
+
+def fuzz_resume(folder: Path, count: int) -> None:
+    """Files whose checksum holds, and whose description says something else: `fit` refuses them and changes nothing, or trains."""
+    rng, X, y = random.Random(0), np.linspace(-1, 1, 20).reshape(10, 2), np.arange(10) % 2
+
+    def train(into: Any, rule: Any, **options: Any) -> Any:
+        return fit(into, X, y, loss=SoftmaxCrossEntropy(), optimizer=rule, batch_size=4, checkpoint=folder, progress=False, **options)
+
+    train(model(), Adam(0.1), epochs=2)
+    for path in sorted(folder.glob("*.safetensors"))[:-1]:
+        path.unlink()
+    (path,) = folder.glob("*.safetensors")
+    good, refused = path.read_bytes(), 0
+    for i in range(count):
+        for old in folder.glob("*.safetensors"):
+            old.unlink()
+        data = bytearray(good)
+        reseal(data, rng)
+        path.write_bytes(data)
+        into, rule = model(), Adam(0.1)
+        before, start = bytes_of(into), time.monotonic()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                history = train(into, rule, resume=True, epochs=4, seed=rng.choice((0, None)))
+        except CheckpointError as error:
+            refused += 1
+            assert path.name in str(error), i
+            assert (bytes_of(into), rule.steps) == (before, 0), i
+        except NonFiniteError:  # the optimizer's numbers may be any that one can have
+            pass
+        else:
+            assert [row["epoch"] for row in history.rows] in ([1, 2, 3, 4], [1, 2]), i  # or it says that a callback stopped it
+        assert time.monotonic() - start < BLOCKED, i
+    assert refused > count / 2
+
+
+def test_a_hundred_states_that_lie_are_refused_or_train(tmp_path: Path) -> None:
+    fuzz_resume(tmp_path, 100)
+
+
+@pytest.mark.slow
+def test_a_thousand_states_that_lie_are_refused_or_train(tmp_path: Path) -> None:
+    fuzz_resume(tmp_path, 1000)
 
 
 @pytest.mark.slow
