@@ -276,6 +276,31 @@ class Scenarios:
         loss = Faulty(34, die) if self.rank == 1 else Faulty(NEVER, fail)
         return told(lambda: self.deep(loss=loss, checkpoint=self.folder / "killed", checkpoint_every=3))
 
+    def slow_results(self):
+        """The command, where rank 0 writes its report only once all others have left."""
+        from anyarray_linear.cli import train
+        from anyarray_linear.cli._app import app
+
+        left = [self.folder / f"{rank}.left" for rank in range(1, self.group.size)]
+        write, seen = train.report, []
+
+        def report(*arguments):
+            until = time.monotonic() + 20
+            while not all(path.exists() for path in left) and time.monotonic() < until:
+                time.sleep(0.01)
+            seen.extend(path.exists() for path in left)
+            if "WORKER_FAILS" in os.environ:
+                raise OSError(28, "No space left on device", "report.html")
+            return write(*arguments)
+
+        train.report = report
+        out = str(self.folder / "a folder")
+        action = ["train", "--device", "cpu", "--hidden", "16", "--epochs", "1", "--distributed", "mpi", "--out", out]
+        code = told(lambda: app(action, standalone_mode=False))
+        if self.rank:
+            left[self.rank - 1].touch()
+        return code, seen
+
     def shared_device(self):
         return told(lambda: self.deep(model=deep_model().to(self.group.device("cuda"))))
 

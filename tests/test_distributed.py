@@ -12,6 +12,7 @@ import itertools
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 
 from anyarray_linear import SGD, Adam, Linear, Sequential, fit, load_checkpoint
 from anyarray_linear.checkpoint import checkpoints
+from anyarray_linear.cli._results import show
 from anyarray_linear.distributed import Group
 from anyarray_linear.initializers import layer_seed
 from anyarray_linear.training import _epoch_order
@@ -461,6 +463,35 @@ def test_the_command_trains_on_ranks_and_resumes_on_others(tmp_path):
     assert len(mine) == len(theirs) == 3
     ours, one = (float(re.search(r'"loss": ([0-9.e-]+)', rows[-1])[1]) for rows in (mine, theirs))
     assert ours == pytest.approx(one, rel=1e-3)  # float32, and 123 steps of Adam
+
+
+@needs_mpi
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_rank_waits_for_rank_0_to_write_the_results(tmp_path, fails):
+    found, code, said = launched(3, tmp_path, "slow_results", **({"WORKER_FAILS": "1"} if fails else {}))
+    assert code == 0, said
+    (first, seen), *others = (rank["slow_results"] for rank in found)
+    assert seen == [True, True]  # they had left when rank 0 began its report
+    assert [code for code, _ in others] == [None, None]
+    if fails:  # which is the error of rank 0 alone
+        assert first[:2] == ("OSError", "[Errno 28] No space left on device: 'report.html'")
+    else:
+        assert first is None
+    assert (tmp_path / "a folder" / "summary.json").exists() != fails
+
+
+def test_after_a_stop_the_command_to_go_on_can_be_pasted(tmp_path, capsys):
+    folder = tmp_path / "my runs"
+    summary = {"device": "cpu", "seconds": 1.0, "train": {"loss": 1.0}, "interrupted": True, "epochs": 3}
+    for ranks, processes, line in (
+        ({}, None, f"anyarray-linear train --out '{folder}' --resume"),
+        ({"ranks": 4}, "mpi", f"mpiexec -n 4 anyarray-linear train --out '{folder}' --resume --distributed mpi"),
+    ):
+        show(folder, summary | ranks, processes)
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert said == line
+        *_, train, out, given, resume = shlex.split(said.removesuffix(" --distributed mpi"))
+        assert (train, out, given, resume) == ("train", "--out", str(folder), "--resume")
 
 
 @needs_mpi

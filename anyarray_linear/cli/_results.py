@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def show(folder: Path, summary: dict[str, Any]) -> None:
+def show(folder: Path, summary: dict[str, Any], processes: str | None = None) -> None:
     """Print the summary as a table, and where the files are."""
     console = Console()
     scores = {name: value for name, value in summary.items() if isinstance(value, dict)}
@@ -55,9 +56,12 @@ def show(folder: Path, summary: dict[str, Any]) -> None:
     console.print(f"{escape(str(folder))}: {', '.join(FILES)}", soft_wrap=True)
     console.print(f"Look at it: {escape((folder / 'report.html').resolve().as_uri())}", soft_wrap=True)
     if "interrupted" in summary:
+        line = f"anyarray-linear train --out {shlex.quote(str(folder))} --resume"
+        if processes is not None:
+            line = f"mpiexec -n {summary.get('ranks', 1)} {line} --distributed {processes}"
         console.print(
             f"interrupted after {summary['epochs']} epochs; these are the files of what was trained so far. Go on with\n"
-            f"anyarray-linear train --out {escape(str(folder))} --resume",
+            f"{escape(line)}",
             soft_wrap=True,
         )
 

@@ -7,8 +7,8 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,8 +132,7 @@ def train(
             with command.make_context("train", arguments, parent=context.parent, obj=group) as restored:
                 command.invoke(restored)
             return
-        with group.running():
-            exit_code = _started(options, group)
+        exit_code = _started(options, group)
     except Exception as error:
         if group.echoes and not isinstance(error, distributed.RankError):  # rank 0 says it
             raise typer.Exit(BAD_INPUT) from error
@@ -144,29 +143,40 @@ def train(
 
 def _started(options: Any, group: distributed.Group) -> int:
     """Train in a folder that nobody else writes into meanwhile, on rank 0; the exit code."""
-    if options.resume and options.overwrite:
-        raise bad("overwrite", "it starts anew, and --resume goes on; give one of them")
-    options.lr = LR[options.optimizer] if options.lr is None else options.lr
-    run = prepare(options, group)  # what is wrong with the options shows here, before there is a folder
-    if group.rank:
-        with StopSignals() as stop:
-            _fit(run, options, None, stop, group)
-        return stop.exit_code
-    folder = options.out or _fresh_folder()
-    _refuse_a_used(folder, options)
+    with ExitStack() as kept:
+        with group.running():
+            if options.resume and options.overwrite:
+                raise bad("overwrite", "it starts anew, and --resume goes on; give one of them")
+            options.lr = LR[options.optimizer] if options.lr is None else options.lr
+            run = prepare(options, group)  # what is wrong with the options shows here, before there is a folder
+            folder = None if group.rank else options.out or _fresh_folder()
+            if folder is not None:
+                _refuse_a_used(folder, options)
+            stop = kept.enter_context(StopSignals())
+            if folder is not None:
+                kept.enter_context(_kept(folder, options))
+            trained = _train(run, options, folder, stop, group)
+            exit_code: int = max(group.exchange(stop.exit_code))
+        if folder is not None:  # the others have left: they wait for no files
+            _write(run, options, folder, group, *trained)
+    return exit_code or stop.exit_code
+
+
+@contextmanager
+def _kept(folder: Path, options: Any) -> Iterator[None]:
+    """The folder, locked; after a failure without anything to go on with, it is as it was."""
     is_new = not folder.exists()
-    with StopSignals() as stop, locked(folder / _CHECKPOINTS):
+    with locked(folder / _CHECKPOINTS):
         sweep(folder)
         if options.overwrite:
             _clear(folder)
         try:
-            _train(run, options, folder, stop, group)
+            yield
         except BaseException:
-            if not options.resume and not checkpoints(folder / _CHECKPOINTS):  # there is nothing to go on with
+            if not options.resume and not checkpoints(folder / _CHECKPOINTS):
                 _clear(folder)
                 _remove_empty(folder, is_new)
             raise
-    return stop.exit_code
 
 
 def _fresh_folder() -> Path:
@@ -246,19 +256,27 @@ def _stored(options: Any) -> dict[str, Any]:
     return kept | {"data": None if options.data is None else str(options.data.resolve())}
 
 
-def _train(run: Run, options: Any, folder: Path, stop: StopSignals, group: distributed.Group) -> None:
-    """Train, and write the results."""
-    config = {"options": _stored(options), "device": str(run.device), "model": repr(run.model), "version": __version__}
-    write_json(folder / "config.json", config)
-    counts = ", ".join(f"{len(y)} {name}" for name, (_, y) in run.parts.items())
-    if options.processes is not None:
-        print(group)
-    print(f"{options.data or 'digits'}: {counts} samples; {run.device}: {run.device.reason}", flush=True)
+def _config(run: Run, options: Any) -> dict[str, Any]:
+    return {"options": _stored(options), "device": str(run.device), "model": repr(run.model), "version": __version__}
 
+
+def _train(
+    run: Run, options: Any, folder: Path | None, stop: StopSignals, group: distributed.Group
+) -> tuple[History, float]:
+    """The history, and the seconds that the whole training took; a folder has only rank 0."""
+    if folder is not None:
+        write_json(folder / "config.json", _config(run, options))
+        counts = ", ".join(f"{len(y)} {name}" for name, (_, y) in run.parts.items())
+        if options.processes is not None:
+            print(group)
+        print(f"{options.data or 'digits'}: {counts} samples; {run.device}: {run.device.reason}", flush=True)
     began = time.perf_counter()
     history, count_before = _fit(run, options, folder, stop, group)
-    seconds = time.perf_counter() - began + sum(row["seconds"] for row in history.rows[:count_before])
+    return history, time.perf_counter() - began + sum(row["seconds"] for row in history.rows[:count_before])
 
+
+def _write(run: Run, options: Any, folder: Path, group: distributed.Group, history: History, seconds: float) -> None:
+    """Write the results, and show them."""
     model = run.for_raw_data()
     loss = run.loss if run.classes is not None else MeanSquaredError()
     with np.errstate(over="ignore", invalid="ignore"):  # told below; of what is saved, on raw data
@@ -277,9 +295,9 @@ def _train(run: Run, options: Any, folder: Path, stop: StopSignals, group: distr
     if history.interrupted:
         summary |= {"interrupted": True, "epochs": len(history.rows)}
     metadata = {"classes": run.classes, "features": run.features}
-    page = report(run, model, folder, config, history.rows, summary)
+    page = report(run, model, folder, _config(run, options), history.rows, summary)
     write_results(folder, model, metadata, history.rows, summary, page)
-    show(folder, summary)
+    show(folder, summary, options.processes)
 
 
 def _fit(
