@@ -8,8 +8,8 @@ All are `safetensors` files, and nothing in them is code. What this module answe
   checkpoint holds the optimizer's moments and the state of the run too. So one file is all that resuming needs, and a
   checkpoint is a model file as well.
 - *Whole or not there.* Files are written beside their place, flushed, read back and then moved (`_files.atomic_write`).
-- *Nothing wrong gets in.* A file is checked before it is used: its sizes before anything is parsed or read, its checksum, then
-  every name, shape and dtype against the model; only then is the model touched. What is refused is refused as
+- *Nothing wrong gets in.* A file is checked before it is used: its sizes before anything is parsed or read, its checksum,
+  then every name, shape and dtype against the model; only then is the model touched. What is refused is refused as
   `CheckpointError` with the file's name and the reason.
 """
 
@@ -308,8 +308,9 @@ def _described_size(spec: Mapping[str, Any], path: str, sizes: dict[str, float])
     if spec["type"] == "Sequential":
         inner = enumerate(spec["layers"])
         return math.fsum(_described_size(each, join(path, str(i)), sizes) for i, each in inner)
-    linear = spec["type"] == "Linear"
-    sizes[path] = 8 * (spec["in_features"] + 1) * float(spec["out_features"]) if linear else math.inf if spec.get("custom") else 0
+    sizes[path] = math.inf if spec.get("custom") else 0
+    if spec["type"] == "Linear":
+        sizes[path] = 8 * (spec["in_features"] + 1) * float(spec["out_features"])
     return sizes[path]
 
 
@@ -500,7 +501,7 @@ def _read(
             info = None if text is None else json.loads(text)
             most, held = needed(info), status.st_size - 8 - size
             if held > max(_SLACK, 4 * most):
-                raise CheckpointError(f"{path} holds {held:,} bytes of tensors, where {most:,.0f} are needed, or 4 times that")
+                raise CheckpointError(f"{path} holds {held:,} bytes of tensors, where {most:,.0f} are needed, or some more")
             file.seek(0)
             data = file.read()  # all of it again, as joining two parts would take as much memory once more
             if not data.startswith(start + header):

@@ -436,8 +436,8 @@ def fit(
     every batch. Weights, optimizer and seed are then rank 0's, which alone shows progress and reads and writes checkpoints.
     Callbacks run on all ranks, since all must change alike; if one says stop, all stop, and so with `stop` and Ctrl-C.
 
-    Returns the `History`; `interrupted` is true when Ctrl-C or the stop flag ended training. A second Ctrl-C does not wait for
-    the step at hand: where it cuts a step in half, `model` and `optimizer` are left so, and the last checkpoint stays the last.
+    Returns the `History`; `interrupted` is true when Ctrl-C or the stop flag ended training. A second Ctrl-C does not wait
+    for the step at hand: where it cuts a step in half, `model` and `optimizer` are left so, and no checkpoint is written.
 
     Raises, before anything is trained, `TypeError` or `ValueError` for arguments that do not fit, NaN or infinite data and
     class ids out of range. Raises `NonFiniteError` at the end of the epoch in which a loss or gradient was NaN or infinite,
@@ -655,7 +655,7 @@ class _Run:
             scores = _evaluate(self.model, self.held, self.loss, self.scored_rows())
             row.update({f"validation_{name}": score for name, score in scores.items()})
         row["seconds"] = self.seconds + time.perf_counter() - began
-        score = row.get("validation_loss", row["loss"])
+        score: float = row["validation_loss" if "validation_loss" in row else "loss"]
         self.whole = False
         if score < self.best:  # and not where it is NaN
             self.best, self.is_best = score, True
@@ -667,8 +667,9 @@ class _Run:
 
     def scored_rows(self) -> int:
         """How many rows are validated at once: 1024, or as many as have a million numbers in all layers, or a batch."""
-        per_row = math.prod(self.data.X.shape[1:]) + sum(W.shape[0] for W in parameters(self.model).values() if W.ndim > 1)
-        return max(self.batch_size, min(1024, _VALIDATED // max(1, per_row)))
+        outputs: int = sum(W.shape[0] for W in parameters(self.model).values() if W.ndim > 1)
+        per_row = math.prod(self.data.X.shape[1:]) + outputs
+        return int(max(self.batch_size, min(1024, _VALIDATED // max(1, per_row))))
 
     def judge(self) -> tuple[float, int]:
         """Read what the device summed, the loss and its rows; raise `NonFiniteError` if something was not finite."""
@@ -766,7 +767,8 @@ class _Run:
     def _can_have(self, state: dict[str, Any]) -> bool:
         """Whether this training can be in `state`."""
         step, epoch, position, guard = state["step"], state["epoch"], state["position"], state["guard"]
-        counts, reals = (step, epoch, position, guard["rows"], guard["bad"]), (state["seconds"], guard["total"], state["best"])
+        counts = step, epoch, position, guard["rows"], guard["bad"]
+        reals = state["seconds"], guard["total"], state["best"]
         if not all(type(n) is int and n >= 0 for n in counts) or not all(type(x) is float and x == x for x in reals):
             return False
         batches = -(-position // self.batch_size)

@@ -1130,25 +1130,35 @@ def test_a_lock_of_a_file_that_is_no_longer_there_is_none(tmp_path: Path, monkey
     assert outsider(folder) == ""
 
 
+FORKS = """
+import os, sys
+from anyarray_linear._files import locked
+with locked(sys.argv[1]):
+    child = os.fork()
+    if child:
+        print("forked", flush=True)
+        sys.stdin.readline()
+if not child:  # it has left the block too, and stays until its input ends
+    sys.stdin.read()
+    os._exit(0)
+print("left", flush=True)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_a_forked_process_has_no_lock_and_does_not_keep_its_parents(tmp_path: Path) -> None:
-    read, write = os.pipe()
-    child, said = 0, []
-    with locked(tmp_path / "run"):
-        child = os.fork()
-        if not child:  # it leaves the block too, as by an exception, and then stays
-            os.close(write)
-        else:
-            said.append(outsider(tmp_path / "run"))
-    if not child:
-        os.read(read, 1)
-        os._exit(0)
-    said.append(outsider(tmp_path / "run"))
-    os.close(write)
-    os.close(read)
-    assert os.waitpid(child, 0)[1] == 0
-    assert f"process {os.getpid()} is writing" in said[0]
-    assert said[1] == ""
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", FORKS, str(tmp_path / "run")], **pipes) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "forked\n"
+        assert f"process {parent.pid} is writing" in outsider(tmp_path / "run")
+        print(file=parent.stdin, flush=True)
+        assert parent.stdout.readline() == "left\n"
+        assert outsider(tmp_path / "run") == ""  # though the child still lives
+        parent.stdin.close()
+        assert parent.wait(60) == 0
 
 
 def test_an_error_inside_lets_go_of_the_folder(tmp_path: Path) -> None:

@@ -363,7 +363,7 @@ def test_bad_steps_count_across_a_resume(backend, tmp_path):
     assert go_on(loss=Bad({2, 4}), stop=StopAfter(6), skip_nonfinite=2).skipped == 2
     with pytest.raises(CheckpointError, match="2 steps of it were not finite; resume with skip_nonfinite=2 or more"):
         go_on(loss=Bad({}), resume=True, skip_nonfinite=1)
-    with pytest.raises(NonFiniteError, match="^step 9 ") as raised:
+    with pytest.raises(NonFiniteError, match=r"^step 9 ") as raised:
         go_on(loss=Bad({3}), resume=True, skip_nonfinite=2)
     assert raised.value.history.skipped == 3
     assert go_on(loss=Bad({3}), resume=True, skip_nonfinite=3).skipped == 3

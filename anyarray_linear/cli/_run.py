@@ -158,7 +158,7 @@ def _sizes(text: str) -> list[int]:
     except ValueError:
         sizes = [0]
     if not 0 < min(sizes) <= max(sizes) < 2**31:
-        raise bad("hidden", f'{text!r:.80} is no list of sizes; give whole numbers from 1 to 2^31 - 1, such as 128,64, or "none"')
+        raise bad("hidden", f'{text!r:.80} is no list of sizes; give numbers from 1 to 2^31 - 1, such as 128,64, or "none"')
     return sizes
 
 
