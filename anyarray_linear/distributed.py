@@ -15,8 +15,10 @@ What it answers:
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import pickle
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +32,7 @@ from ._arrays import Array, computing_on, dtype_name
 from .device import Device, select_device
 from .protocol import join, leaves, parameters
 
+_DIGESTED = 1 << 24  # numbers of the data at most that ranks compare
 _GRACE = 5.0  # seconds in which the others must say so too
 _yield = getattr(os, "sched_yield", lambda: time.sleep(0))  # Windows has none
 
@@ -97,7 +100,7 @@ class Group:
             if others:
                 raise RankError(
                     f"{self._named(others[:1])} has {name} {everyone[others[0]][name]}, but rank 0 has {value}; "
-                    "all ranks must train the same, so call fit with the same arguments on all of them",
+                    "all ranks must train the same, so call fit with the same arguments, all of the data included",
                     others,
                 )
 
@@ -203,8 +206,13 @@ class _MPI(Group):
         except BaseException as error:
             silent = self._part(error)
             if isinstance(error, _Late):
-                who = f"{self._named(silent)} gave" if silent else "all ranks are there, but some"
-                raise RankError(f"{who} no sign for {self.timeout:.0f} s", silent) from None
+                what = f"{self._named(silent)} gave no sign for {self.timeout:.0f} s"
+                if not silent:
+                    what = (
+                        f"some rank was not ready within {self.timeout:.0f} s, and nobody can tell which, for by now all "
+                        "answer; if one may take so long, for a callback or a checkpoint, give mpi(timeout=...) more seconds"
+                    )
+                raise RankError(what, silent) from None
             raise
         finally:
             self._comm = None
@@ -493,6 +501,39 @@ def adopt(model: Any, optimizer: Any, sent: Mapping[str, Any]) -> None:
     for name, layer in leaves(model):
         for p, W in layer.parameters().items():
             setattr(layer, p, Device.of(W).asarray(sent["weights"][join(name, p)], dtype=W.dtype))
+
+
+def settings(x: Any) -> str:
+    """What tells one loss from another of its class: its `repr`, and what it shows of numbers and texts."""
+    shown = {name: value for name, value in sorted(getattr(x, "__dict__", {}).items()) if not name.startswith("_")}
+    # machines differ in the last bits of what they compute
+    numbers = {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in shown.items() if isinstance(v, (int, float, str))}
+    text, kind = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x)), type(x).__name__
+    return (text if kind in text else f"{kind}, a {text}") + (f" with {numbers}" if numbers else "")
+
+
+def digest_of_rows(x: Array, dtype: str) -> str:
+    """The SHA-256 of the shape and of the rows in `dtype`; of large data, of as many rows as are 16 million numbers.
+
+    They are read where they are, a part at a time.
+    """
+    import hashlib
+
+    count, width = x.shape[0], max(1, math.prod(x.shape[1:]))
+    found = hashlib.sha256(repr(tuple(x.shape)).encode())
+    at_once, most = max(1, _DIGESTED // 16 // width), max(16, _DIGESTED // width)
+    spread = np.linspace(0, count - 1, most).astype(int) if most < count else None
+    for i in range(0, min(most, count), at_once):
+        if spread is None:
+            part = x[i : i + at_once, ...]
+        elif isinstance(x, np.ndarray):
+            part = x[spread[i : i + at_once]]
+        else:
+            with computing_on(x) as xp:
+                part = xp.take(x, Device.of(x).asarray(spread[i : i + at_once]), axis=0)
+        with np.errstate(all="ignore"):  # NaN and infinity are told elsewhere
+            found.update(np.ascontiguousarray(Device.of(part).to_numpy(part).astype(dtype)).data)
+    return found.hexdigest()
 
 
 def digest(model: Any, optimizer: Any, *more: Any) -> str:

@@ -30,7 +30,7 @@ import numpy as np
 from ._arrays import Array, check_array, computing_on, dtype_name, namespace, reading_is_free
 from ._progress import Progress
 from .device import Device, explained_memory
-from .distributed import Group, adopt, digest, snapshot
+from .distributed import Group, adopt, digest, digest_of_rows, settings, snapshot
 from .initializers import layer_seed
 from .lanes import lane
 from .protocol import parameters
@@ -453,6 +453,8 @@ def fit(
     (3.0, 1.0)
     """
     group = Group() if group is None else group
+    if not isinstance(group, Group):
+        raise TypeError(f"group is {group!r:.80}; give the group itself: group=distributed.mpi()")
     with group.running():
         epochs, batch_size = _positive_int("epochs", epochs, 0), _positive_int("batch_size", batch_size)
         skip_nonfinite = _positive_int("skip_nonfinite", skip_nonfinite, 0)
@@ -564,6 +566,9 @@ class _Run:
         """Make sure that all ranks train the same, and start from the state of rank 0."""
         if self.group.size == 1:
             return
+        total = epochs * self.steps_per_epoch
+        is_scheduled = total > 0 and callable(getattr(self.optimizer, "lr", None))
+        steps = sorted({min(i, total - 1) for i in (0, 1, 10, 100, 1000)}) if is_scheduled else []
         self.group.agree(
             {
                 "rows": len(self.data),
@@ -573,10 +578,14 @@ class _Run:
                 "batch_size": self.batch_size,
                 "accumulate": self.accumulate,
                 "skip_nonfinite": self.guard.allowed,
-                "loss": type(self.loss).__name__,
+                "loss": settings(self.loss),
                 "optimizer": repr(self.optimizer),
+                # machines differ in the last bits of a cosine
+                **{f"in step {i + 1} the learning rate": f"{self.optimizer.learning_rate(i):.9g}" for i in steps},
+                "model": re.sub(r"cuda:\d+", "cuda", _shown(self.model)),
                 "parameters": {name: (tuple(W.shape), dtype_name(W.dtype)) for name, W in parameters(self.model).items()},
                 "device": self.data.device.kind,
+                **self.digests(),
             }
         )
         self.group.claim(self.data.device)
@@ -585,6 +594,16 @@ class _Run:
         if not first:
             adopt(self.model, self.optimizer, sent[0])
             self.restore(sent[1])
+
+    def digests(self) -> dict[str, str]:
+        """Of the data as training sees it, to be compared between ranks."""
+        found = {}
+        for what, data in (("", self.data), ("the validation ", self.held)):
+            if data is not None and (data is self.data or data.X is not self.data.X):
+                for name, x in (("X", data.X), ("y", data.y)):
+                    dtype = dtype_name(data.dtype) if _is_float(x) or name == "X" else "int64"
+                    found[f"{what}{name} with the SHA-256"] = digest_of_rows(x, dtype)[:16]
+        return found
 
     def settle(self, stop: bool) -> None:
         """Whether training stops after this epoch, and whether all ranks are still the same."""

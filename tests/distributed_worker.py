@@ -15,7 +15,19 @@ from pathlib import Path
 
 import numpy as np
 
-from anyarray_linear import SGD, Adam, Linear, MeanSquaredError, ReLU, Sequential, SoftmaxCrossEntropy, distributed, fit
+from anyarray_linear import (
+    SGD,
+    Adam,
+    Linear,
+    MeanSquaredError,
+    ReLU,
+    Sequential,
+    SoftmaxCrossEntropy,
+    Tanh,
+    distributed,
+    fit,
+)
+from anyarray_linear.schedules import cosine
 
 ROWS, BATCH, EPOCHS = 93, 10, 5  # 50 steps; the last batch of an epoch has 3 rows, of which one of 4 ranks gets none
 SEED = 5
@@ -82,12 +94,19 @@ class Faulty(SoftmaxCrossEntropy):
     """A loss that does `fault` at its call of that number, counted from 1 without `fit`'s look at a row."""
 
     def __init__(self, call, fault):
-        self.call, self.fault, self.calls = call, fault, -1
+        self._call, self._fault, self._calls = call, fault, -1
 
     def forward(self, Z, target):
-        self.calls += 1
+        self._calls += 1
         value, cache = super().forward(Z, target)
-        return (self.fault(value) if self.calls == self.call else value), cache
+        return (self._fault(value) if self._calls == self._call else value), cache
+
+
+class InUnits(MeanSquaredError):
+    """A loss with a number in it."""
+
+    def __init__(self, unit):
+        self.unit = unit
 
 
 def fail(value):
@@ -221,6 +240,38 @@ class Scenarios:
         before = weights(model)
         told_ = told(lambda: self.deep(model=model, batch_size=BATCH + (self.rank == 1)))
         return told_, all((before[name] == W).all() for name, W in weights(model).items())
+
+    def differences(self):
+        """What is told where one thing is otherwise on rank 1."""
+        mine = self.rank == 1
+        X, y = deep_data()
+        other_X, other_y, other_rows = X.copy(), y.copy(), X.copy()
+        other_X[40, 3] += 1e-9
+        other_y[41] = (y[41] + 1) % 3
+        other_rows[[7, 8]] = X[[8, 7]]
+        layers = Linear(6, 8, seed=7), Tanh() if mine else ReLU(), Linear(8, 3, seed=8)
+        one_hot = np.eye(3)[y]
+        trials = {
+            "X": {"data": (other_X if mine else X, y)},
+            "rows": {"data": (other_rows if mine else X, y)},
+            "y": {"data": (X, other_y if mine else y)},
+            "validation": {"validation": (X[:9], (other_y if mine else y)[40:49])},
+            "model": {"model": Sequential(*layers)},
+            "loss": {"loss": InUnits(3.0 if mine else 2.0), "data": (X, one_hot)},
+            "schedule": {"rule": lambda: Adam(cosine(1e-2, 60 if mine else 50))},
+            "short schedule": {"rule": lambda: Adam([1e-2, 1e-3].__getitem__), "batch_size": 93, "epochs": 2},
+        }
+        return {name: told(lambda changes=changes: self.deep(**changes)) for name, changes in trials.items()}
+
+    def other_files(self):
+        """The command, with a file of the same numbers and of another class on rank 1."""
+        from anyarray_linear.cli._app import app
+
+        names = "ac" if self.rank == 1 else "ab"
+        path = self.folder / f"{self.rank}.csv"
+        path.write_text("u,v,kind\n" + "".join(f"{i},{i * i % 7},{names[i % 2]}\n" for i in range(40)))
+        action = ["train", "--device", "cpu", "--distributed", "mpi", "--data", str(path), "--out", str(self.folder / "out")]
+        return told(lambda: app(action, standalone_mode=False))
 
     def other_weights(self):
         def spoil(model, row):

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import distributed_worker as worker
 import numpy as np
@@ -26,10 +27,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyarray_linear import SGD, Adam, Linear, Sequential, fit, load_checkpoint
+from anyarray_linear import SGD, Adam, Linear, Sequential, distributed, fit, load_checkpoint
 from anyarray_linear.checkpoint import checkpoints
 from anyarray_linear.cli._results import show
-from anyarray_linear.distributed import Group
+from anyarray_linear.distributed import Group, digest_of_rows
 from anyarray_linear.initializers import layer_seed
 from anyarray_linear.training import _epoch_order
 
@@ -48,7 +49,7 @@ ENVIRONMENT = {
 TOGETHER = [
     "linear", "linear_accumulated", "adam", "momentum", "half", "one_message", "rank0_rules", "stop", "callback", "nan_skipped",
     "nan_fatal", "nan_slow", "failure", "failure_before", "disagreement", "other_weights", "other_optimizer",
-    "other_moments",
+    "other_moments", "differences", "other_files",
 ]  # fmt: skip
 BOUND = 60.0  # seconds in which every job must have ended that loses a rank; they take 1 to 8
 
@@ -377,6 +378,89 @@ def test_other_arguments_on_one_rank_are_told_before_anything_changes(together, 
         assert (kind, about) == ("RankError", (1,))
         assert "batch_size 11, but rank 0 has 10" in message
         assert unchanged
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("X", "has X with the SHA-256"),
+        ("rows", "has X with the SHA-256"),
+        ("y", "has y with the SHA-256"),
+        ("validation", "has the validation y with the SHA-256"),
+        ("model", "has model Sequential(Linear(6, 8, dtype=float64, device=cpu), Tanh(), "),
+        ("loss", "has loss InUnits, a MeanSquaredError() with {'unit': '3'}, but rank 0 has InUnits"),
+        ("schedule", "has in step 2 the learning rate 0.0099"),
+    ],
+)
+def test_what_one_rank_has_otherwise_is_named_before_anything_is_trained(together, name, words):
+    for size in (2, 4):
+        for rank in together(size)[0]:
+            kind, message, about, _ = rank["differences"][name]
+            assert (kind, about) == ("RankError", (1,))
+            assert words in message
+
+
+@needs_mpi
+def test_a_schedule_is_asked_for_no_step_that_is_never_taken(together):
+    for rank in together(2)[0]:
+        assert rank["differences"]["short schedule"]["steps"] == 2
+
+
+@needs_mpi
+def test_the_command_names_the_rank_whose_file_has_other_classes(together):
+    found, folder = together(4)
+    for rank in found:
+        kind, message, about, _ = rank["other_files"]
+        assert (kind, about) == ("RankError", (1,))
+        assert "has classes ('a', 'c'), but rank 0 has ('a', 'b')" in message
+    assert not (folder / "out").exists()
+
+
+def test_the_digest_of_data_sees_a_single_value_and_not_where_the_data_is(tmp_path, monkeypatch):
+    X = np.random.default_rng(0).standard_normal((50, 3))
+    one = digest_of_rows(X, "float32")
+    np.save(tmp_path / "X.npy", X)
+    monkeypatch.setattr(distributed, "_DIGESTED", 160)  # in parts of 3 rows
+    assert digest_of_rows(np.load(tmp_path / "X.npy", mmap_mode="r"), "float32") == one
+    for i in range(50):
+        other = X.copy()
+        other[i, 1] += 1
+        assert digest_of_rows(other, "float32") != one
+    assert digest_of_rows(X.reshape(25, 6), "float32") != one
+    assert digest_of_rows(X + 1e-12, "float32") == one  # training does not see it
+
+    monkeypatch.setattr(distributed, "_DIGESTED", 60)  # 20 rows of the 50
+    seen = [digest_of_rows(X + (np.arange(50) == i)[:, None], "float64") for i in range(50)]
+    same = seen.count(digest_of_rows(X, "float64"))
+    assert same == 30
+    assert digest_of_rows(X, "float64") not in (seen[0], seen[-1])
+
+
+@pytest.mark.parametrize("group", ["mpi", distributed.mpi])
+def test_what_is_no_group_is_refused(group):
+    with pytest.raises(TypeError, match=r"give the group itself: group=distributed.mpi\(\)"):
+        fit(worker.deep_model(), *worker.deep_data(), group=group, **worker.deep_options())
+
+
+def test_ranks_that_waited_too_long_for_each_other_and_answer_are_told_what_to_change():
+    """Whoever took too long has come by the time at which the others ask: nobody is silent, nobody can be named."""
+
+    class Late(distributed._MPI):
+        def __init__(self):
+            self._comm, self._session, self._news, self.timeout = None, 0, {}, 3.0
+            self.base = SimpleNamespace(Idup=lambda: (None, None))
+
+        def _complete(self, request, *buffers):
+            pass
+
+        def _part(self, error):
+            return ()
+
+    words = r"not ready within 3 s, and nobody can tell which.*timeout"
+    with pytest.raises(distributed.RankError, match=words) as caught, Late().running():
+        raise distributed._Late
+    assert caught.value.ranks == ()
 
 
 @needs_mpi

@@ -149,6 +149,9 @@ def _started(options: Any, group: distributed.Group) -> int:
                 raise bad("overwrite", "it starts anew, and --resume goes on; give one of them")
             options.lr = LR[options.optimizer] if options.lr is None else options.lr
             run = prepare(options, group)  # what is wrong with the options shows here, before there is a folder
+            group.agree(_data_of(run))
+            # machines differ in the last bits of a mean
+            run.x_scaling, run.y_scaling, run.loss = group.exchange((run.x_scaling, run.y_scaling, run.loss))[0]
             folder = None if group.rank else options.out or _fresh_folder()
             if folder is not None:
                 _refuse_a_used(folder, options)
@@ -160,6 +163,13 @@ def _started(options: Any, group: distributed.Group) -> int:
         if folder is not None:  # the others have left: they wait for no files
             _write(run, options, folder, group, *trained)
     return exit_code or stop.exit_code
+
+
+def _data_of(run: Run) -> dict[str, Any]:
+    """What the files of all ranks must have alike beside the numbers that `fit` compares."""
+    scalings = {"the scaling of X": run.x_scaling, "the scaling of y": run.y_scaling}
+    numbers = {name: None if s is None else " and ".join(map(str, s)) for name, s in scalings.items()}
+    return {"classes": run.classes, "features": run.features, **numbers}
 
 
 @contextmanager
