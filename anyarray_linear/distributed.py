@@ -105,7 +105,7 @@ class Group:
                 )
 
     def claim(self, device: Device) -> None:
-        """Raise `RankError` if another rank computes on the same CUDA device."""
+        """Raise `RankError` if another rank computes on the same CUDA device; warn of more BLAS threads than cores."""
 
     def check(self, digest: str, when: str) -> None:
         """Raise `RankError` on every rank unless all have this digest; named are those who are not with the majority."""
@@ -141,7 +141,8 @@ class _MPI(Group):
         self.base = (self.MPI.COMM_WORLD if comm is None else comm).Dup()
         self.timeout, self.half = float(timeout), bool(half)
         self.rank, self.size = self.base.rank, self.base.size
-        self.local_rank = self.base.Split_type(self.MPI.COMM_TYPE_SHARED).rank
+        here = self.base.Split_type(self.MPI.COMM_TYPE_SHARED)
+        self.local_rank, self.seats = here.rank, here.allgather(_seat())
         self.device_buffers = self._takes_device_buffers() if device_buffers is None else bool(device_buffers)
         self.places = self.base.allgather((socket.gethostname(), os.getpid()))
         spaces = self.base.allgather((socket.gethostname(), _process_space()))
@@ -152,7 +153,7 @@ class _MPI(Group):
         self._news: dict[int, tuple[int, tuple[int, ...], str]] = {}  # what ranks that stop have said
         self._kept: list[Any] = []  # messages on their way, and what was left unfinished
         self._staging: dict[tuple[int, str], Any] = {}
-        self._said = False
+        self._said = self._warned = False
 
     def _takes_device_buffers(self) -> bool:
         """Whether this MPI says that it takes CUDA memory, as MPI 4.1 lets it, or `ANYARRAY_MPI_CUDA=1` says so for it."""
@@ -166,6 +167,8 @@ class _MPI(Group):
         return select_device(f"cuda:{self.local_rank % max(1, doctor.count())}" if spec == "cuda" else spec)
 
     def claim(self, device: Device) -> None:
+        if device.kind == "cpu":
+            self._warn_of_threads()
         if device.kind != "cuda":
             return
         card = doctor.load_cupy().cuda.runtime.getDeviceProperties(device.index)["uuid"], device.native.pci_bus_id
@@ -177,6 +180,19 @@ class _MPI(Group):
                 "and let each choose its own: device=group.device()",
                 both,
             )
+
+    def _warn_of_threads(self) -> None:
+        import warnings
+
+        fitting = _fitting_threads(self.seats)
+        if fitting is not None and self.rank == 0 and not self._warned:
+            most = max(threads for _, threads in self.seats)
+            warnings.warn(
+                f"{len(self.seats)} ranks on this machine have up to {most} BLAS threads each, more than its cores, and slow "
+                f"each other down; start them with OPENBLAS_NUM_THREADS={fitting}",
+                stacklevel=2,
+            )
+        self._warned = True
 
     def __str__(self) -> str:
         where = ", ".join(f"{rank} is process {pid} on {host}" for rank, (host, pid) in enumerate(self.places))
@@ -285,8 +301,11 @@ class _MPI(Group):
             self._hear()
             time.sleep(1e-3)
         silent = tuple(sorted(others - self._news.keys()))
-        self.echoes = 0 in self._news and self._news[0][2].partition(": ")[2] == what.partition(": ")[2]
-        if silent or self._unfinished():
+        ends_all = bool(silent) or self._unfinished()  # and so may cut rank 0 short
+        theirs = self._news[0][2] if 0 in self._news else ""
+        own, of_rank_0 = (text.partition(" stopped: ")[2] or text for text in (what, theirs))
+        self.echoes = own == of_rank_0 and not ends_all
+        if ends_all:
             atexit.register(self._abort)
         return silent
 
@@ -462,6 +481,29 @@ def nccl(*, timeout: float = 300.0, half: bool = False) -> Group:
     where two ranks have one device, and `RuntimeError` where CuPy has no NCCL.
     """
     return _NCCL(timeout, half)
+
+
+def launched() -> tuple[int, int]:
+    """How many processes `mpiexec` started together, and the number of this one, by what MPICH and Open MPI tell them."""
+    for names in (("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+        size, rank = (os.environ.get(name, "") for name in names)
+        if size.isdecimal() and rank.isdecimal():
+            return int(size), int(rank)
+    return 1, 0
+
+
+def _seat() -> tuple[set[int], int]:
+    """The cores that this process may use, and how many threads its BLAS takes."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    given = (os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
+    return cores, next((int(text) for text in given if text.isdecimal() and int(text)), len(cores))
+
+
+def _fitting_threads(seats: list[tuple[set[int], int]]) -> int | None:
+    """How many BLAS threads each process on a machine should have, where they have more; else `None`."""
+    cores = set().union(*(own for own, _ in seats))
+    fitting = max(1, len(cores) // len(seats))
+    return fitting if sum(threads for _, threads in seats) > max(len(cores), len(seats)) else None
 
 
 def _process_space() -> str:

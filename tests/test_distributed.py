@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from hypothesis import strategies as st
 
 from anyarray_linear import SGD, Adam, Linear, Sequential, distributed, fit, load_checkpoint
 from anyarray_linear.checkpoint import checkpoints
+from anyarray_linear.cli._app import app
 from anyarray_linear.cli._results import show
 from anyarray_linear.distributed import Group, digest_of_rows
 from anyarray_linear.initializers import layer_seed
@@ -410,10 +412,11 @@ def test_a_schedule_is_asked_for_no_step_that_is_never_taken(together):
 @needs_mpi
 def test_the_command_names_the_rank_whose_file_has_other_classes(together):
     found, folder = together(4)
-    for rank in found:
-        kind, message, about, _ = rank["other_files"]
-        assert (kind, about) == ("RankError", (1,))
-        assert "has classes ('a', 'c'), but rank 0 has ('a', 'b')" in message
+    first, *others = (rank["other_files"] for rank in found)
+    kind, message, about, _ = first
+    assert (kind, about) == ("RankError", (1,))
+    assert others == [2] * 3  # the exit code of those who leave the telling to rank 0
+    assert "has classes ('a', 'c'), but rank 0 has ('a', 'b')" in message
     assert not (folder / "out").exists()
 
 
@@ -581,8 +584,12 @@ def test_after_a_stop_the_command_to_go_on_can_be_pasted(tmp_path, capsys):
 @needs_mpi
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(("--hidden", "x"), "no list of sizes"), (("--out", "used"), "holds a run already")],
-    ids=["found by all", "found by rank 0"],
+    [
+        (("--hidden", "x"), "no list of sizes"),
+        (("--out", "used"), "holds a run already"),
+        (("--epochs", "x"), "Input should be a valid integer"),
+    ],
+    ids=["found by all", "found by rank 0", "found before MPI"],
 )
 def test_the_command_refuses_on_all_ranks(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
@@ -591,8 +598,7 @@ def test_the_command_refuses_on_all_ranks(tmp_path, monkeypatch, arguments, word
     process = command(3, tmp_path / "a", "--distributed", "mpi", *arguments)
     _, err = process.communicate(timeout=BOUND)
     assert process.returncode == 2
-    # what rank 0 says, others need not repeat; lines of several processes may run into each other
-    assert err.count("error: ") == err.count(words) == (1 if "--hidden" in arguments else 3)
+    assert err.count("error: ") == err.count(words) == 1, err  # what rank 0 says, others need not repeat
     assert "Traceback" not in err
 
 
@@ -610,6 +616,53 @@ def test_sigterm_to_mpiexec_stops_all_ranks_after_a_step(tmp_path):
     process.communicate(timeout=BOUND)
     assert process.returncode in (143, 15)
     assert '"interrupted": true' in (tmp_path / "a" / "summary.json").read_text()
+
+
+@pytest.mark.parametrize(("size", "rank"), [("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")])
+def test_processes_that_train_alone_are_warned_of_once(tmp_path, monkeypatch, size, rank):
+    for name in [name for name in os.environ if name.startswith(("PMI_", "OMPI_COMM"))]:
+        monkeypatch.delenv(name)
+    alone = "each of these 3 processes trains alone"
+
+    def said():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            app(["train", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "out"), "--overwrite"], standalone_mode=False)
+        return sum(alone in str(warning.message) for warning in caught)
+
+    assert said() == 0
+    monkeypatch.setenv(size, "3")
+    monkeypatch.setenv(rank, "0")
+    assert said() == 1
+    monkeypatch.setenv(rank, "1")
+    assert said() == 0
+
+
+@needs_mpi
+def test_more_blas_threads_than_cores_are_warned_of_once(tmp_path):
+    threads = str(2 * os.cpu_count())
+    _, code, said = launched(2, tmp_path, "adam", "momentum", OPENBLAS_NUM_THREADS=threads)
+    assert code == 0, said
+    assert said.count(f"2 ranks on this machine have up to {threads} BLAS threads") == 1
+    assert re.search(r"start them with OPENBLAS_NUM_THREADS=\d", said)
+
+
+@pytest.mark.parametrize(
+    ("seats", "fitting"),
+    [
+        ([({0, 1, 2, 3}, 4)], None),  # a rank alone
+        ([({0, 1, 2, 3}, 4)] * 2, 2),
+        ([({0, 1, 2, 3}, 2)] * 2, None),
+        ([({0, 1, 2, 3}, 3), ({0, 1, 2, 3}, 1)], None),
+        ([({0, 1, 2, 3}, 4), ({0, 1, 2, 3}, 1)], 2),
+        ([({0}, 1), ({1}, 1)], None),  # bound by the launcher
+        ([({0}, 2), ({1}, 2)], 1),
+        ([({0, 1}, 1)] * 4, None),  # more ranks than cores, which no threads can help
+        ([({0, 1}, 2)] * 4, 1),
+    ],
+)
+def test_the_threads_that_fit(seats, fitting):
+    assert distributed._fitting_threads(seats) == fitting
 
 
 def test_without_mpi4py_the_command_says_what_to_install(tmp_path):

@@ -28,10 +28,18 @@ def exit_code_of(app: Any) -> int:
         line = one_line(error)
         if line is None:
             raise
+        if hasattr(error, "format_message") and _is_a_further_rank():  # which has the options of rank 0
+            return 0  # as a launcher ends all when the first fails, and rank 0 may not have said why
         if line:
             print(f"error: {line}", file=sys.stderr)
         return BAD_INPUT
     return code if isinstance(code, int) else 0
+
+
+def _is_a_further_rank() -> bool:
+    from ..distributed import launched
+
+    return launched()[1] > 0 and any(word.startswith("--distributed") for word in sys.argv)
 
 
 def _show_warning(message: Warning | str, *details: Any, **more: Any) -> None:

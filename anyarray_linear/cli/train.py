@@ -22,7 +22,7 @@ from .._files import locked, sweep
 from ..checkpoint import checkpoints
 from ..losses import MeanSquaredError
 from ..training import History, evaluate, fit
-from ._common import BAD_INPUT, StopSignals
+from ._common import BAD_INPUT, StopSignals, one_line
 from ._report import Norms, report
 from ._results import FILES, show, write_json, write_results
 from ._run import LR, Run, bad, prepare
@@ -123,6 +123,9 @@ def train(
     """
     options = SimpleNamespace(**{name: value for name, value in locals().items() if name != "context"})
     group = context.obj or _GROUPS[processes]()  # it is there in a command line that was made from a config.json
+    size, rank = distributed.launched()
+    if processes is None and size > 1 and rank == 0:
+        warnings.warn(f"each of these {size} processes trains alone; for one training give --distributed mpi", stacklevel=2)
     try:
         if resume and context.obj is None:
             given = {name for name in vars(options) if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
@@ -134,7 +137,7 @@ def train(
             return
         exit_code = _started(options, group)
     except Exception as error:
-        if group.echoes and not isinstance(error, distributed.RankError):  # rank 0 says it
+        if group.echoes and one_line(error) is not None:  # rank 0 says it
             raise typer.Exit(BAD_INPUT) from error
         raise
     if exit_code:
