@@ -188,8 +188,8 @@ class _MPI(Group):
         if fitting is not None and self.rank == 0 and not self._warned:
             most = max(threads for _, threads in self.seats)
             warnings.warn(
-                f"{len(self.seats)} ranks on this machine have up to {most} BLAS threads each, more than its cores, and slow "
-                f"each other down; start them with OPENBLAS_NUM_THREADS={fitting}",
+                f"{len(self.seats)} ranks on this machine have up to {most} BLAS threads each, more than its cores, and "
+                f"slow each other down; start them with OPENBLAS_NUM_THREADS={fitting}",
                 stacklevel=2,
             )
         self._warned = True
