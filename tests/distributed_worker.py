@@ -273,6 +273,22 @@ class Scenarios:
         action = ["train", "--device", "cpu", "--distributed", "mpi", "--data", str(path), "--out", str(self.folder / "out")]
         return told(lambda: app(action, standalone_mode=False))
 
+    def fault(self):
+        """The command, with a fault of the program on rank 1, which needs its traceback."""
+        from anyarray_linear.cli import train
+        from anyarray_linear.cli._app import app
+
+        def norms(*arguments):
+            raise KeyError("a fault")
+
+        whole = train.Norms
+        train.Norms = norms if self.rank == 1 else whole
+        action = ["train", "--device", "cpu", "--distributed", "mpi", "--epochs", "1", "--out", str(self.folder / "fault")]
+        try:
+            return told(lambda: app(action, standalone_mode=False))
+        finally:
+            train.Norms = whole
+
     def other_weights(self):
         def spoil(model, row):
             if self.rank == 1 and row["epoch"] == 3:

@@ -51,7 +51,7 @@ ENVIRONMENT = {
 TOGETHER = [
     "linear", "linear_accumulated", "adam", "momentum", "half", "one_message", "rank0_rules", "stop", "callback", "nan_skipped",
     "nan_fatal", "nan_slow", "failure", "failure_before", "disagreement", "other_weights", "other_optimizer",
-    "other_moments", "differences", "other_files",
+    "other_moments", "differences", "other_files", "fault",
 ]  # fmt: skip
 BOUND = 60.0  # seconds in which every job must have ended that loses a rank; they take 1 to 8
 
@@ -418,6 +418,17 @@ def test_the_command_names_the_rank_whose_file_has_other_classes(together):
     assert others == [2] * 3  # the exit code of those who leave the telling to rank 0
     assert "has classes ('a', 'c'), but rank 0 has ('a', 'b')" in message
     assert not (folder / "out").exists()
+
+
+@needs_mpi
+def test_a_fault_of_the_program_keeps_its_traceback_on_the_rank_that_has_it(together):
+    found, folder = together(4)
+    kind, message, about, _ = found[0]["fault"]
+    assert (kind, about) == ("RankError", (1,))
+    assert "stopped: KeyError: 'a fault'" in message
+    assert found[1]["fault"][:2] == ("KeyError", "'a fault'")
+    assert [rank["fault"] for rank in found[2:]] == [2, 2]
+    assert not (folder / "fault").exists()
 
 
 def test_the_digest_of_data_sees_a_single_value_and_not_where_the_data_is(tmp_path, monkeypatch):
