@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import re
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
     """Write `data` to the file `path`, so that a crash at any moment leaves either the old file or the new one.
 
     data: the bytes, or a function that writes them to a binary file it is given: `lambda file: np.save(file, x)`.
-    A `path` that is a symbolic link stays one; what it points to is replaced.
+    A `path` that is a symbolic link stays one; what it points to is replaced. A file that was there leaves its permissions.
 
     Raises `OSError` (of the subclass that fits) naming the file; the file that was there is intact then, and nothing else
     is left in the folder.
@@ -47,6 +48,8 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
     try:
         try:
             with open(part, "xb") as file:
+                if sys.platform != "win32" and target.exists():  # what is for one's own eyes stays so
+                    os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -94,8 +97,23 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-_held: dict[str, tuple[int, int]] = {}  # the process and thread that hold a folder
+_held: dict[str, int] = {}  # the thread that holds a folder
+_descriptors: set[int] = set()  # of the locked files
 _holding = threading.Lock()
+
+
+def _forget_locks() -> None:
+    """A forked process has its parent's descriptors, and with them its locks, which must end with the parent."""
+    global _holding
+    for descriptor in _descriptors:
+        os.close(descriptor)
+    _descriptors.clear()
+    _held.clear()
+    _holding = threading.Lock()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 @contextmanager
@@ -107,46 +125,72 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises `BlockingIOError` naming the process that has the lock.
     """
-    key, me = os.path.realpath(folder), (os.getpid(), threading.get_ident())
+    key, me, process = os.path.realpath(folder), threading.get_ident(), os.getpid()
     with _holding:
-        holder = _held.get(key)
-        if holder is None or holder[0] != me[0]:  # a forked process finds its parent's entry here, but has no lock
-            _held[key], holder = me, None
+        holder = _held.setdefault(key, -1)
+        if holder == -1:
+            _held[key] = me
     if holder == me:
         yield
         return
-    if holder is not None:  # the system's lock is between processes, and would let another thread in
-        raise _refusal(folder, f"another thread of this process, {me[0]},")
+    if holder != -1:  # told apart from another process
+        raise _refusal(folder, f"another thread of this process, {process},")
     try:
-        os.makedirs(folder, exist_ok=True)
         with _locked_file(folder):
-            for entry in os.scandir(folder):
-                if _PART.fullmatch(entry.name):
-                    os.unlink(entry)
+            sweep(folder)
             yield
     finally:
-        del _held[key]
+        if os.getpid() == process:  # and not a fork that leaves the block too
+            del _held[key]
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Remove what a killed process left half-written in `folder`. Only for who holds its lock: others may be writing."""
+    for entry in os.scandir(folder):
+        if _PART.fullmatch(entry.name):
+            os.unlink(entry)
 
 
 @contextmanager
 def _locked_file(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold the lock of the file in `folder` that says which process has it."""
-    descriptor = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = _taken(folder)
+    process = os.getpid()
+    _descriptors.add(descriptor)
     try:
-        pid = os.read(descriptor, 20).decode("ascii", "replace")
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, str(process).encode())
+        yield
+        if os.getpid() == process:
+            os.ftruncate(descriptor, 0)
+    finally:
+        if os.getpid() == process:  # a fork has closed it
+            _descriptors.remove(descriptor)
+            os.close(descriptor)
+
+
+def _taken(folder: str | os.PathLike[str]) -> int:
+    """The descriptor of the file in `folder` that is locked, once it is this process that has locked it."""
+    path = os.path.join(folder, ".lock")
+    while True:
+        os.makedirs(folder, exist_ok=True)
         try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the folder has just been removed
+            continue
+        try:
+            pid = os.read(descriptor, 20).decode("ascii", "replace")
             _lock(descriptor)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
         except OSError as error:
+            os.close(descriptor)
             if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 raise
             raise _refusal(folder, f"process {pid}" if pid else "another process") from error
-        os.ftruncate(descriptor, 0)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        os.write(descriptor, str(os.getpid()).encode())
-        yield
-        os.ftruncate(descriptor, 0)
-    finally:
-        os.close(descriptor)
+        os.close(descriptor)  # who had it before has removed that file, and a lock of it would keep nobody out
 
 
 def _refusal(folder: str | os.PathLike[str], who: str) -> BlockingIOError:
@@ -160,4 +204,5 @@ def _lock(descriptor: int) -> None:
         os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # Windows lets nobody read a locked byte, and the first ones tell who
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
     else:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # not lockf: closing any other descriptor of the file, as whoever copies the folder does, would end its lock
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

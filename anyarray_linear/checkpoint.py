@@ -8,18 +8,20 @@ All are `safetensors` files, and nothing in them is code. What this module answe
   checkpoint holds the optimizer's moments and the state of the run too. So one file is all that resuming needs, and a
   checkpoint is a model file as well.
 - *Whole or not there.* Files are written beside their place, flushed, read back and then moved (`_files.atomic_write`).
-- *Nothing wrong gets in.* A file is checked before it is used: its sizes before anything is parsed, its checksum, then every
-  name, shape and dtype against the model; only then is the model touched. What is refused is refused as
+- *Nothing wrong gets in.* A file is checked before it is used: its sizes before anything is parsed or read, its checksum,
+  then every name, shape and dtype against the model; only then is the model touched. What is refused is refused as
   `CheckpointError` with the file's name and the reason.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +31,9 @@ import numpy as np
 from ._arrays import Array, describe, dtype_name
 from ._files import atomic_write
 from .activations import GELU, ReLU, Sigmoid, SiLU, Tanh
-from .device import Device, select_device
+from .device import Device, explained_memory, select_device
 from .linear import Linear
-from .protocol import join, leaves
+from .protocol import join, leaves, parameters
 from .sequential import Sequential
 
 Host = np.ndarray[Any, Any]
@@ -40,6 +42,7 @@ FORMAT = 1
 _KEY = "anyarray_linear"  # one entry in the file's metadata, as safetensors writes several in random order
 _MOMENT = "optimizer/"  # how the names of an optimizer's tensors start
 _STEP = re.compile(r"step-([0-9]+)\.safetensors")
+_CURE = "free some first, or use another device"
 _ACTIVATIONS = {kind.__name__: kind for kind in (ReLU, Tanh, Sigmoid, SiLU, GELU)}
 _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -47,6 +50,7 @@ _DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64"}
 # the test of the largest headers does it again), and let the state of a run of 50,000 epochs pass.
 _MAX_HEADER = 16 << 20
 _MAX_PARSED = 64 << 20
+_SLACK = 64 << 20  # bytes of tensors that are read in any case, to tell best what is wrong with them
 _PARSED_BYTES = {b"{": 200, b"[": 80, b",": 32, b":": 96}
 
 
@@ -94,20 +98,28 @@ def load_model(path: str | os.PathLike[str], *, device: Any = None, into: Any = 
 
     Raises `CheckpointError` for a file that is damaged or does not fit `into`, which is as it was then.
     """
-    file = _read(path)
     if into is not None:
         if device is not None:
             raise ValueError("into has its device already; leave device out, or move the model with into.to(device)")
-        _assign(_arrays(_matched(path, file.weights, into)))
+        matched = _matched(path, _read(path, lambda info: _size(into)).weights, into)
+        with _memory_advice(into):
+            _assign(_arrays(matched))
         return into
-    if file.info is None:
-        raise CheckpointError(
-            f"{path} holds no architecture, as it is not a file of this library; "
-            "build the model and fill it: load_model(path, into=model)"
-        )
+
+    def described(info: dict[str, Any] | None) -> float:
+        if info is None:
+            raise CheckpointError(
+                f"{path} holds no architecture, as it is not a file of this library; "
+                "build the model and fill it: load_model(path, into=model)"
+            )
+        return _described_size(info["architecture"], "", {})
+
     place = select_device("cpu" if device is None else device)
+    file = _read(path, described)
+    assert file.info is not None
     try:
-        model = _built(file.info["architecture"], "", file.weights, place, {})
+        with explained_memory(place, _CURE):
+            model = _built(file.info["architecture"], "", file.weights, place, {})
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -140,7 +152,7 @@ def save_checkpoint(
     of any size come back. `state["step"]` numbers the file; without it, the optimizer's steps do.
     keep: how many checkpoints stay, the newest ones. best: whether to write `folder/best.safetensors` as well.
 
-    Returns the path of the checkpoint. The folder is made if need be.
+    Returns the path of the checkpoint. The folder is made if need be. An old one that cannot be removed is warned of.
 
     Raises `TypeError` for a state that JSON cannot hold, and `OSError` where the file cannot be written; what was in the
     folder is intact then.
@@ -162,7 +174,10 @@ def save_checkpoint(
     atomic_write(path, data)
     past = [old for old in checkpoints(folder) if _step(old) <= step]
     for old in past[keep:]:
-        old.unlink(missing_ok=True)
+        try:
+            old.unlink(missing_ok=True)
+        except OSError as error:  # the new one is safe, which is what matters
+            warnings.warn(f"an old checkpoint cannot be removed: {error}", RuntimeWarning, stacklevel=2)
     return path
 
 
@@ -185,14 +200,15 @@ def load_checkpoint(
     damaged = []
     for path in checkpoints(folder):
         try:
-            file = _read(path)
+            file = _read(path, lambda info: _size(model))
             if file.info is None or "optimizer" not in file.info:
                 raise CheckpointError(f"{path} holds no state of an optimizer, so it is no checkpoint")
         except (CheckpointError, OSError) as error:
             warnings.warn(f"skipping a checkpoint: {error}", RuntimeWarning, stacklevel=2)
             damaged.append(str(error))
             continue
-        _resume(path, file, file.info, model, optimizer, check)
+        with _memory_advice(model):
+            _resume(path, file, file.info, model, optimizer, check)
         return dict(file.info["metadata"])
     raise CheckpointError(f"{folder} holds no good checkpoint" + "".join(f"\n  {why}" for why in damaged))
 
@@ -276,6 +292,28 @@ def _weights(model: Any) -> dict[str, Host]:
     return {name: _host(getattr(layer, p)).reshape(_file_shape(layer, p)) for name, (layer, p) in _places(model).items()}
 
 
+def _size(model: Any) -> int:
+    """The bytes of the model's tensors in a file."""
+    tensors = (getattr(layer, p) for layer, p in _places(model).values())
+    return sum(math.prod(W.shape) * np.dtype(dtype_name(W.dtype)).itemsize for W in tensors)
+
+
+def _described_size(spec: Mapping[str, Any], path: str, sizes: dict[str, float]) -> float:
+    """The most bytes that the tensors of an architecture have; infinite where only the caller's code knows.
+
+    sizes: those of the layers so far by their position.
+    """
+    if "same_as" in spec:
+        return sizes[spec["same_as"]]
+    if spec["type"] == "Sequential":
+        inner = enumerate(spec["layers"])
+        return math.fsum(_described_size(each, join(path, str(i)), sizes) for i, each in inner)
+    sizes[path] = math.inf if spec.get("custom") else 0
+    if spec["type"] == "Linear":
+        sizes[path] = 8 * (spec["in_features"] + 1) * float(spec["out_features"])
+    return sizes[path]
+
+
 def _matched(path: str | os.PathLike[str], weights: Mapping[str, Host], model: Any) -> list[tuple[Any, str, Host]]:
     """`(layer, attribute, tensor)` for every parameter of `model`; raises if any tensor is missing, unknown or unlike it."""
     places = _places(model)
@@ -322,6 +360,12 @@ def _arrays(matched: list[tuple[Any, str, Host]]) -> list[tuple[Any, str, Array]
 def _assign(new: list[tuple[Any, str, Array]]) -> None:
     for layer, p, x in new:
         setattr(layer, p, x)
+
+
+def _memory_advice(model: Any) -> AbstractContextManager[None]:
+    """A context in which running out of memory says what to change, where the model's parameters are."""
+    first = next(iter(parameters(model).values()), np.empty(0))
+    return explained_memory(Device.of(first), _CURE)
 
 
 def _some(names: list[str]) -> str:
@@ -421,8 +465,14 @@ def _sealed(path: str | os.PathLike[str], tensors: Mapping[str, Host], info: Map
     return data
 
 
-def _read(path: str | os.PathLike[str]) -> _File:
-    """The file's content, checked; time and memory are bounded by the file's size. Raises `CheckpointError` if damaged."""
+def _read(
+    path: str | os.PathLike[str], needed: Callable[[dict[str, Any] | None], float] = lambda info: math.inf
+) -> _File:
+    """The file's content, checked. Raises `CheckpointError` if damaged.
+
+    needed: from the file's description, how many bytes of weights there should be. What has more than four times as many, as
+    a checkpoint of any rule here does not, is refused unread; so time and memory are bounded by what is needed.
+    """
     library = _safetensors()
     import json
 
@@ -448,12 +498,22 @@ def _read(path: str | os.PathLike[str]) -> _File:
                 raise CheckpointError(f"{path} holds {_some(odd)}; a model's tensors are {', '.join(_DTYPES)}")
             if text is None and _KEY.encode() in header:  # not from elsewhere: `written_by` is there
                 raise CheckpointError(f"{path} is damaged: its description is not where it should be")
-            tensors = dict(sorted(library.load(start + header + file.read()).items()))  # its own order is random
             info = None if text is None else json.loads(text)
+            most, held = needed(info), status.st_size - 8 - size
+            if held > max(_SLACK, 4 * most):
+                raise CheckpointError(f"{path} holds {held:,} bytes of tensors, where {most:,.0f} are needed, or some more")
+            file.seek(0)
+            data = file.read()  # all of it again, as joining two parts would take as much memory once more
+            if not data.startswith(start + header):
+                raise CheckpointError(f"{path} is damaged: it has changed while it was read")
+            tensors = dict(sorted(library.load(data).items()))  # its own order is random
+            del data
             if info is not None:
                 _check_info(path, info, tensors)
         except CheckpointError:
             raise
+        except MemoryError as error:
+            raise CheckpointError(f"{path} does not fit in memory: it has {status.st_size:,} bytes") from error
         # a header that is not what it should be fails in as many ways as Python has of taking it apart
         except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged: {_told(error)}") from error

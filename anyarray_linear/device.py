@@ -14,6 +14,8 @@ import os
 import platform
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -313,6 +315,16 @@ class Device:
             return 1024 * kib["MemAvailable:"], 1024 * kib["MemTotal:"]
         raise NotImplementedError(f"the memory of {self} cannot be read here")
 
+    def _available(self) -> tuple[int, int]:
+        """What new arrays may take, and all there is, in bytes: CuPy's pool has some unused, and may have a limit."""
+        free, total = self.memory()
+        if self.kind == "cuda":
+            with self:
+                pool = doctor.load_cupy().get_default_memory_pool()
+                free += pool.free_bytes()
+                free = min(free, pool.get_limit() - pool.used_bytes()) if pool.get_limit() else free
+        return free, total
+
     def empty_cache(self) -> None:
         """Give the memory that CuPy's pool keeps for reuse back to the card, for other programs; arrays in use stay."""
         if self.kind == "cuda":
@@ -354,6 +366,36 @@ class Device:
         if self.kind in ("cpu", "cuda"):
             return select_device, (str(self),)
         return Device, (self.kind, 0, self._native, self.reason)
+
+
+@contextmanager
+def explained_memory(device: Device, cure: str) -> Iterator[None]:
+    """Running out of memory says how much was asked for, what was free and what to change, and gives back what was taken."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        import traceback
+
+        what = str(error) or "an allocation failed"
+        try:
+            free, total = device._available()
+            there = f"{device} had {free / 2**20:,.0f} MiB free of {total / 2**20:,.0f} MiB; "
+        except NotImplementedError:  # of another namespace, whose own words have to do
+            there = ""
+        # the frames that failed still hold their arrays; without them, the device's pool can be emptied
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        device.empty_cache()
+        raise MemoryError(f"{what}; {there}{cure}") from None
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether memory ran out. torch and JAX say so by a `RuntimeError`: of that name on a GPU, in these words elsewhere."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "RESOURCE_EXHAUSTED"))
 
 
 def _dlpack_place(x: Any) -> tuple[int, int]:

@@ -58,7 +58,7 @@ from ._arrays import (
     surely_alike,
 )
 from ._pickling import pin, unpin
-from .device import Device, select_device
+from .device import Device, explained_memory, select_device
 from .initializers import draw_parameters
 from .lanes import lane
 from .protocol import store_gradients
@@ -235,8 +235,9 @@ class Linear:
         shape = _check_size("out_features", out_features), _check_size("in_features", in_features)
         place = select_device("cpu" if device is None else device)
         dtype = place.dtype(dtype)
-        W, b = draw_parameters(init, shape, bias=bias, seed=seed)
-        self._set(place.asarray(W, dtype=dtype), None if b is None else place.asarray(b, dtype=dtype))
+        with explained_memory(place, 'make the layer smaller, use another device, or dtype="float32"'):
+            W, b = draw_parameters(init, shape, bias=bias, seed=seed)
+            self._set(place.asarray(W, dtype=dtype), None if b is None else place.asarray(b, dtype=dtype))
 
     @classmethod
     def from_arrays(cls, W: Array, b: Array | None = None) -> Self:

@@ -234,8 +234,8 @@ class _Optimizer:
             raise ValueError(f"state has no {error}; pass what state_dict gave") from error
         if rule != type(self).__name__:
             raise ValueError(f"state is of {rule}, but this optimizer is {type(self).__name__}")
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"state has steps = {steps!r}; it must be an int >= 0")
+        if not isinstance(steps, int) or not 0 <= steps < 2**63:
+            raise ValueError(f"state has steps = {steps!r:.80}; it must be an int >= 0")
         if not isinstance(hyper, Mapping) or not own.keys() - {"lr"} <= hyper.keys():
             raise ValueError(f"state has hyperparameters = {hyper!r:.80}; it needs {', '.join(own)}")
         lr = self.lr if callable(self.lr) else hyper.get("lr", self.lr)

@@ -6,7 +6,7 @@ What it is careful about:
 - No step turns a device array into a Python number. The loss is summed on the device and read once per epoch, and whether
   a step may be applied (loss and gradients finite) is decided on the device too.
 - The order of epoch `e` is a function of the seed and `e` alone. So a run can stop after any step and go on elsewhere.
-- A step is never cut in half: Ctrl-C, or the stop flag, takes effect between two steps.
+- Ctrl-C, or the stop flag, takes effect between two steps. A second Ctrl-C may cut a step in half, which is then not saved.
 - With a `group`, all ranks take the same steps, and all leave together; what they say to each other is in `distributed`.
 """
 
@@ -15,20 +15,21 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import re
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
 from ._arrays import Array, check_array, computing_on, dtype_name, namespace, reading_is_free
 from ._progress import Progress
-from .device import Device
+from .device import Device, explained_memory
 from .distributed import Group, adopt, digest, snapshot
 from .initializers import layer_seed
 from .lanes import lane
@@ -38,6 +39,8 @@ Row = dict[str, Any]
 Callback = Callable[[Any, Row], bool | None]
 
 _ORDERS = int.from_bytes(b"fit")  # the child of the seed whose children give the orders; a layer of that seed has others
+_LOOKED_AT = 16  # rows that are compared at resume
+_VALIDATED = 1 << 20  # numbers in the inputs and outputs of all layers, in validation; a few MB
 _CHUNK = 1 << 22  # elements read at once when values are checked, so that a memory-mapped file needs little memory
 
 
@@ -79,18 +82,19 @@ class History:
 
 @dataclass
 class _Data:
-    """`X` and `y` wherever they are, and where batches of them should go."""
+    """`X` and `y` wherever they are, or the given `rows` of them, and where batches should go."""
 
     X: Array
     y: Array
     device: Device
     dtype: Any
+    rows: np.ndarray[Any, Any] | None = None
 
     def __post_init__(self) -> None:
         self.X, self.y = _signed(self.X, self.dtype), _signed(self.y, "int64")
 
     def __len__(self) -> int:
-        return int(self.X.shape[0])
+        return int(self.X.shape[0]) if self.rows is None else len(self.rows)
 
     def batches(
         self, order: np.ndarray[Any, Any] | None, batch_size: int, start: int = 0, group: Group | None = None
@@ -99,6 +103,7 @@ class _Data:
 
         group: if given, this rank's share of each batch, which may be empty.
         """
+        order = self.rows if order is None else order
         takes = [_taker(x, order) for x in (self.X, self.y)]
         count = len(self) if order is None else len(order)
         y_dtype = self.dtype if _is_float(self.y) else None
@@ -106,6 +111,20 @@ class _Data:
             rows = i, min(i + batch_size, count)
             X, y = (take(*(rows if group is None else group.share(*rows))) for take in takes)
             yield self.device.asarray(X, dtype=self.dtype), self.device.asarray(y, dtype=y_dtype)
+
+
+    def fingerprint(self) -> str:
+        """The shapes, and some rows spread over all as training sees them: the same on any device, in any dtype."""
+        import hashlib
+
+        found = hashlib.sha256()
+        floating = dtype_name(self.dtype)
+        for x, dtype in ((self.X, floating), (self.y, floating if _is_float(self.y) else "int64")):
+            found.update(repr((len(self), *x.shape[1:])).encode())
+            for i in np.linspace(0, len(self) - 1, _LOOKED_AT).astype(int):
+                row = int(i if self.rows is None else self.rows[i])
+                found.update(Device.of(x).to_numpy(x[row : row + 1, ...]).astype(dtype).tobytes())
+        return found.hexdigest()[:16]
 
 
 def _is_float(x: Array) -> bool:
@@ -244,6 +263,27 @@ def _epoch_order(seed: Any, epoch: int, count: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(child).permutation(count)
 
 
+def _as_json(entropy: Any) -> Any:
+    """What a seed was made of, in lists of ints."""
+    return int(entropy) if isinstance(entropy, numbers.Integral) else [_as_json(part) for part in entropy]
+
+
+def _stored_seed(folder: str | os.PathLike[str], model: Any) -> Any:
+    """The seed of the training whose checkpoints are in the folder; `None` where none of them says it."""
+    from .checkpoint import _read, _size, checkpoints
+
+    for path in checkpoints(folder):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # told when it is loaded
+            seed = (_read(path, lambda info: _size(model)).info or {})["metadata"]["training"]["seed"]
+            return np.random.SeedSequence(entropy=seed["entropy"], spawn_key=seed["spawn_key"])
+    return None
+
+
+def _shown(x: Any) -> str:
+    """Its `repr`, without where in memory it is."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x))
+
+
 class _Guard:
     """Decides on the device which steps are applied, and remembers which one ended training.
 
@@ -323,26 +363,10 @@ def _judged(xp: Any, guard: _Guard, step: int, value: Array, gradients: Iterable
     return apply
 
 
-@contextmanager
-def _memory_advice(device: Device, batch_size: int) -> Iterator[None]:
-    """Running out of memory says what there was and what to change, and gives back what the step had taken."""
-    try:
-        yield
-    except MemoryError as error:
-        # the frames that failed still hold their arrays; without them, the device's pool can be emptied
-        traceback.clear_frames(error.__traceback__)
-        advice = f"use a smaller batch_size than {batch_size}, a smaller dtype (float32, not float64) or another device"
-        what = str(error) or "an allocation failed"
-        error.__traceback__ = None
-        device.empty_cache()
-        try:
-            free, total = device.memory()
-        except NotImplementedError:
-            raise MemoryError(f"{what}; {advice}") from None
-        raise MemoryError(
-            f"{what}; {device} has {free / 2**20:,.0f} MiB free of {total / 2**20:,.0f} MiB, now that this step's arrays "
-            f"are gone; {advice}"
-        ) from None
+def _memory_advice(device: Device, batch_size: int) -> AbstractContextManager[None]:
+    """A context in which running out of memory says what to change."""
+    advice = f"use a smaller batch_size than {batch_size}, a smaller dtype (float32, not float64) or another device"
+    return explained_memory(device, advice)
 
 
 @contextmanager
@@ -398,10 +422,12 @@ def fit(
     y: `(N,)` class ids, or what else the loss takes; a float `y` is cast too.
     loss, optimizer: such as `SoftmaxCrossEntropy()` and `Adam(lr=1e-3)`.
     validation: `(X, y)`, or the fraction of the rows to hold out.
-    seed: of the order of the batches and of the validation rows: an int, a NumPy `SeedSequence` or `Generator`, or `None`.
+    seed: of the order of the batches and of the validation rows: an int, a NumPy `SeedSequence` or `Generator`, or `None`,
+    which draws one, and at `resume` is the one that was drawn.
     callbacks: functions `f(model, row) -> bool | None`, called after each epoch; `True` stops.
     checkpoint: a folder that receives the state after each epoch, or after every `checkpoint_every` steps, and at the end.
-    resume: go on from the folder's newest good checkpoint, to exactly the result of a run that never stopped.
+    resume: go on from the folder's newest good checkpoint, to exactly the result of a run that never stopped. Data, loss,
+    optimizer and all that has to do with the steps must be as they were; only `epochs`, the device and `group` may change.
     skip_nonfinite: pass over up to this many steps whose loss or gradients are not finite.
     stop: a `threading.Event` or the like; once set, training stops after the step at hand, as at Ctrl-C.
     accumulate: work on each batch in so many parts, one after the other, whose gradients are summed before the step; then
@@ -410,7 +436,8 @@ def fit(
     every batch. Weights, optimizer and seed are then rank 0's, which alone shows progress and reads and writes checkpoints.
     Callbacks run on all ranks, since all must change alike; if one says stop, all stop, and so with `stop` and Ctrl-C.
 
-    Returns the `History`; `interrupted` is true when Ctrl-C or the stop flag ended training.
+    Returns the `History`; `interrupted` is true when Ctrl-C or the stop flag ended training. A second Ctrl-C does not wait
+    for the step at hand: where it cuts a step in half, `model` and `optimizer` are left so, and no checkpoint is written.
 
     Raises, before anything is trained, `TypeError` or `ValueError` for arguments that do not fit, NaN or infinite data and
     class ids out of range. Raises `NonFiniteError` at the end of the epoch in which a loss or gradient was NaN or infinite,
@@ -447,13 +474,15 @@ def fit(
                 raise TypeError("validation is neither (X, y) nor a fraction of the rows") from None
             _check_rows(held_X, held_y, ("the validation X", "the validation y"))
             held = _Data(held_X, held_y, device, dtype)
-            _check_data(model, loss, held, ("the validation X", "the validation y"))
-        _check_data(model, loss, data, ("X", "y"))
-        root = group.exchange(layer_seed(seed))[0]  # only now: a Generator spawns a child each time
+        with _memory_advice(device, batch_size):
+            if held is not None:
+                _check_data(model, loss, held, ("the validation X", "the validation y"))
+            _check_data(model, loss, data, ("X", "y"))
+        stored = _stored_seed(checkpoint, model) if seed is None and resume and checkpoint and not group.rank else None
+        root = group.exchange(stored or layer_seed(seed))[0]  # only now: a Generator spawns a child each time
         if held_count:
             rows, held_rows = _split(held_count, len(data), root)
-            held_X, held_y = (_taker(x, held_rows)(0, len(held_rows)) for x in (data.X, data.y))
-            held = _Data(held_X, held_y, device, dtype)
+            held = _Data(data.X, data.y, device, dtype, held_rows)
         run = _Run(model, data, rows, held, loss, optimizer, batch_size, root, skip_nonfinite, accumulate, group)
         saver = _Saver(checkpoint if group.rank == 0 else None, checkpoint_every, run)
         if saver.folder is not None:
@@ -480,14 +509,17 @@ def fit(
                     bar.epoch(row)
                     answers = [callback(model, row) for callback in callbacks]  # all, also when the first says stop
                     run.settle(any(answers))
-                    saver.after_epoch(row)
+                    saver.save()
+                if not run.history.interrupted:  # it may have come in the last epoch's validation or callbacks
+                    run.history.interrupted = any(group.exchange(interrupted() or (stop is not None and stop.is_set())))
             except KeyboardInterrupt:  # raised by a callback, or where Ctrl-C could not be deferred
                 if group.size > 1:  # the others are elsewhere
                     raise
                 run.history.interrupted = True
             if run.history.interrupted:
                 run.judge()
-                saver.save()
+                if run.whole:
+                    saver.save()
     return run.history
 
 
@@ -514,10 +546,14 @@ class _Run:
         self.count = len(data) if rows is None else len(rows)
         self.steps_per_epoch = -(-self.count // batch_size)
         self.guard = _Guard(data.device, data.dtype, skip_nonfinite)
+        self.given = _shown(optimizer)  # a callback may change it
         self.history = History()
         self.epoch = self.step = self.position = 0
         self.stopped = False
+        self.whole = True  # between two steps, all of this agrees with the weights and with the optimizer
         self.seconds = 0.0
+        self.best = math.inf  # the best score of an epoch, and whether it is that of these weights and not saved yet
+        self.is_best = False
 
     def order(self) -> np.ndarray[Any, Any]:
         """The rows of this epoch, in its order."""
@@ -563,11 +599,13 @@ class _Run:
         for X, y in self.data.batches(self.order(), self.batch_size, self.position, self.group):
             rows = min(self.batch_size, self.count - self.position)
             value, gradients, told = self.gradients(X, y, rows, self.group.size > 1 and wants_stop())
+            self.whole = False
             where = self.guard.judge(self.step + 1, value, gradients.values(), rows)
             self.optimizer.step(self.model, gradients, where=where)
             del value, gradients, where
             self.step += 1
             self.position += rows
+            self.whole = True
             self.seconds = time.perf_counter() - began
             self.history.interrupted = told if self.group.size > 1 else wants_stop()
             yield
@@ -614,13 +652,24 @@ class _Run:
             "lr": self.optimizer.learning_rate(self.optimizer.steps - 1),
         }
         if self.held is not None:
-            scores = _evaluate(self.model, self.held, self.loss, max(self.batch_size, 1024))
+            scores = _evaluate(self.model, self.held, self.loss, self.scored_rows())
             row.update({f"validation_{name}": score for name, score in scores.items()})
         row["seconds"] = self.seconds + time.perf_counter() - began
+        score: float = row["validation_loss" if "validation_loss" in row else "loss"]
+        self.whole = False
+        if score < self.best:  # and not where it is NaN
+            self.best, self.is_best = score, True
         self.history.rows.append(row)
         self.epoch, self.position, self.seconds = self.epoch + 1, 0, 0.0
         self.guard.start_epoch()
+        self.whole = True
         return row
+
+    def scored_rows(self) -> int:
+        """How many rows are validated at once: 1024, or as many as have a million numbers in all layers, or a batch."""
+        outputs: int = sum(W.shape[0] for W in parameters(self.model).values() if W.ndim > 1)
+        per_row = math.prod(self.data.X.shape[1:]) + outputs
+        return int(max(self.batch_size, min(1024, _VALIDATED // max(1, per_row))))
 
     def judge(self) -> tuple[float, int]:
         """Read what the device summed, the loss and its rows; raise `NonFiniteError` if something was not finite."""
@@ -664,35 +713,80 @@ class _Run:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside weights and optimizer, as JSON."""
-        total, rows, bad, fatal = self.guard.read()
+        total, rows, bad, _ = self.guard.read()
+        last = max(0, self.optimizer.steps - 1)
         return {
             "step": self.step,
             "epoch": self.epoch,
             "position": self.position,
             "seconds": self.seconds,
-            "seed": {"entropy": self.seed.entropy, "spawn_key": list(self.seed.spawn_key)},
-            "data": {"rows": len(self.data), "training_rows": self.count, "batch_size": self.batch_size},
-            "guard": {"total": total, "rows": rows, "bad": bad, "fatal": fatal},
+            "training": self.training,
+            "optimizer": [self.given, _shown(self.optimizer)],
+            "lr": [last, self.optimizer.learning_rate(last)],
+            "guard": {"total": total, "rows": rows, "bad": bad},
             "history": self.history.rows,
+            "best": self.best,
             "stopped": self.stopped,
         }
 
+    @cached_property
+    def training(self) -> dict[str, Any]:
+        """What makes it this training, as JSON: another result would come of any of it being otherwise."""
+        held = self.held
+        return {
+            "seed": {"entropy": _as_json(self.seed.entropy), "spawn_key": _as_json(self.seed.spawn_key)},
+            "rows": len(self.data),
+            "training rows": self.count,
+            "batch_size": self.batch_size,
+            "accumulate": self.accumulate,
+            "loss": _shown(self.loss),
+            "data": self.data.fingerprint(),
+            "validation": None if held is None else held.fingerprint(),
+        }
+
     def check(self, state: dict[str, Any]) -> None:
-        """Raise `ValueError` if `state` was saved by another training."""
-        mine = self.state()
-        for name in ("data", "seed"):
-            if state[name] != mine[name]:
-                raise ValueError(
-                    f"the checkpoint is of another training: its {name} is {state[name]}, here it is {mine[name]}; "
-                    "resume with the same data, batch_size, validation and seed"
-                )
-        if fatal := state["guard"]["fatal"]:
-            raise ValueError(f"the checkpoint is of a training that ended at step {fatal}, which was not finite")
+        """Raise `ValueError` if `state` was saved by another training, or is none that a training can have."""
+        other = "the checkpoint is of another training: its {} is {}, here it is {}; resume with the same {}"
+        for name, mine in self.training.items():
+            theirs = state["training"].get(name)
+            if theirs != mine:
+                raise ValueError(other.format(name, theirs, mine, "data, loss, batch_size, accumulate, validation and seed"))
+        given, now = state["optimizer"]
+        if self.given not in (given, now):
+            raise ValueError(other.format("optimizer", given, self.given, "optimizer"))
+        last, rate = state["lr"]
+        if callable(getattr(self.optimizer, "lr", None)):
+            here = self.optimizer.learning_rate(last)
+            if not math.isclose(rate, here, rel_tol=1e-9):  # machines differ in the last bits of a cosine
+                raise ValueError(other.format(f"learning rate in step {last + 1}", rate, here, "schedule"))
+        if not self._can_have(state):
+            raise ValueError("its state is none that a training can have")
+        if (bad := state["guard"]["bad"]) > self.guard.allowed:
+            raise ValueError(f"{bad} steps of it were not finite; resume with skip_nonfinite={bad} or more")
+
+    def _can_have(self, state: dict[str, Any]) -> bool:
+        """Whether this training can be in `state`."""
+        step, epoch, position, guard = state["step"], state["epoch"], state["position"], state["guard"]
+        counts = step, epoch, position, guard["rows"], guard["bad"]
+        reals = state["seconds"], guard["total"], state["best"]
+        if not all(type(n) is int and n >= 0 for n in counts) or not all(type(x) is float and x == x for x in reals):
+            return False
+        batches = -(-position // self.batch_size)
+        return (
+            0 <= state["seconds"] < math.inf
+            and position in (batches * self.batch_size, self.count)
+            and guard["rows"] <= position <= self.count
+            and step == epoch * self.steps_per_epoch + batches
+            and type(state["stopped"]) is bool
+            and [row["epoch"] for row in state["history"]] == list(range(1, len(state["history"]) + 1))
+            and len(state["history"]) == epoch
+            and all(type(row[name]) is float for row in state["history"] for name in ("loss", "lr", "seconds"))
+        )
 
     def restore(self, state: dict[str, Any]) -> None:
         """Be where `state` was saved."""
         self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
-        self.seconds, self.stopped = state["seconds"], state["stopped"]
+        self.seconds, self.stopped, self.best = state["seconds"], state["stopped"], state["best"]
         self.history.rows[:] = state["history"]
         guard = state["guard"]
         self.history.skipped = self.guard.bad = guard["bad"]
@@ -704,7 +798,6 @@ class _Saver:
 
     def __init__(self, folder: str | os.PathLike[str] | None, every: int | None, run: _Run) -> None:
         self.folder, self.every, self.run = folder, every, run
-        self.best = math.inf
         self._lock: Any = None
 
     def begin(self, resume: bool) -> None:
@@ -726,7 +819,6 @@ class _Saver:
                 run = self.run
                 state = files.load_checkpoint(self.folder, run.model, run.optimizer, check=run.check)
                 run.restore(state)
-                self.best = state["best"]
         except BaseException:
             self.__exit__()
             raise
@@ -744,23 +836,16 @@ class _Saver:
         if self.every and self.run.step % self.every == 0:
             self.save()
 
-    def after_epoch(self, row: Row) -> None:
-        """Save after an epoch, and keep the best one apart."""
-        score = row["validation_loss" if "validation_loss" in row else "loss"]
-        best = score < self.best
-        self.best = min(score, self.best)
-        self.save(best=best)
-
-    def save(self, best: bool = False) -> None:
-        """Write a checkpoint, unless a step that must not be kept was among the last ones."""
+    def save(self) -> None:
+        """Write a checkpoint, the best one apart too, unless a step that must not be kept was among the last ones."""
         if self.folder is None:
             return
         from .checkpoint import save_checkpoint
 
-        state = self.run.state()
-        if not state["guard"]["fatal"] and not self.run.overflowed():
-            state["best"] = self.best
-            save_checkpoint(self.folder, self.run.model, self.run.optimizer, state=state, best=best)
+        run = self.run
+        if not run.guard.read()[-1] and not run.overflowed():
+            save_checkpoint(self.folder, run.model, run.optimizer, state=run.state(), best=run.is_best)
+            run.is_best = False
 
 
 def _evaluate(model: Any, data: _Data, loss: Any, batch_size: int) -> dict[str, float]:

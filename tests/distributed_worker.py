@@ -387,7 +387,14 @@ def main(folder, *names):
     found = {}
     for name in names:
         found[name] = getattr(scenarios, name)()
-        (folder / f"{scenarios.rank}.pickle").write_bytes(pickle.dumps(found))
+        part = folder / f"{scenarios.rank}.part"
+        part.write_bytes(pickle.dumps(found))
+        part.replace(folder / f"{scenarios.rank}.pickle")
+    # the first rank to end after a failure ends all others; so let these write, too
+    survivors = [folder / f"{rank}.pickle" for rank in os.environ.get("WORKER_SURVIVORS", "").split()]
+    until = time.monotonic() + 20
+    while not all(path.exists() for path in survivors) and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":

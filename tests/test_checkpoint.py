@@ -399,6 +399,28 @@ def test_a_file_has_the_usual_permissions_and_links_stay_links(tmp_path: Path) -
     assert (tmp_path / "f").read_bytes() == b"new"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_file_that_others_may_not_read_is_replaced_by_one_that_they_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "f").write_bytes(b"old")
+    (tmp_path / "f").chmod(0o600)
+    modes, fsync = [], os.fsync
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: modes.append(os.fstat(descriptor).st_mode) or fsync(descriptor))
+    atomic_write(tmp_path / "f", b"new")
+    assert stat.S_IMODE(modes[0]) == stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o600
+    assert (tmp_path / "f").read_bytes() == b"new"
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "step-000000001.safetensors").mkdir()
+    save_checkpoint(tmp_path, small_model(), Adam(), state={"step": 2}, keep=2)
+    with pytest.warns(RuntimeWarning, match=r"an old checkpoint cannot be removed: .*step-000000001\.safetensors"):
+        path = save_checkpoint(tmp_path, small_model(), Adam(), state={"step": 3}, keep=2)
+    assert checkpoints(tmp_path)[0] == path
+    assert load_checkpoint(tmp_path, small_model(), Adam()) == {"step": 3}
+
+
 def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match=r"no file to be replaced.*folder"):
@@ -786,6 +808,62 @@ def test_a_hostile_file_is_refused_by_name_at_once(tmp_path: Path, which: str) -
     assert list(tmp_path.iterdir()) == [path]
 
 
+def sparse(path: Path, gigabytes: int, **description: str) -> None:
+    """A file whose header is right, and whose tensor of so many GB takes no place on the disk."""
+    shape = [gigabytes << 20, 256]
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, gigabytes << 30]}
+    path.write_bytes(with_header({"0.weight": entry, **({"__metadata__": description} if description else {})}))
+    os.truncate(path, path.stat().st_size + (gigabytes << 30))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sparse files")
+def test_a_file_larger_than_the_model_is_refused_unread_and_the_one_before_is_used(tmp_path: Path) -> None:
+    import tracemalloc
+
+    architecture = {"format": 1, "architecture": {"type": "Sequential", "layers": [{"type": "ReLU"}, {**ONE_BY_ONE, "bias": True}]}}
+    save_checkpoint(tmp_path, small_model(), Adam(), state={"step": 1})
+    path = tmp_path / "step-000000002.safetensors"
+    tracemalloc.start()
+    try:
+        for description in ({}, {"anyarray_linear": json.dumps(architecture)}):
+            sparse(path, 4000, **description)
+            with pytest.raises(CheckpointError, match=r"step-000000002.* holds 4,294,967,296,000 bytes of tensors, where 104 are"):
+                load_model(path, into=small_model())
+            with pytest.raises(CheckpointError, match="no architecture" if not description else "where 16 are needed"):
+                load_model(path)
+            with pytest.warns(RuntimeWarning, match="step-000000002"):
+                assert load_checkpoint(tmp_path, small_model(), Adam()) == {"step": 1}
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_model_that_shares_a_large_layer_often_is_read(tmp_path: Path) -> None:
+    layer = Linear(600, 600, seed=0)  # 2.9 MB, which the file has under each of 40 names
+    save_model(Sequential(*[layer] * 40), tmp_path / "m")
+    assert (tmp_path / "m").stat().st_size > checkpoint._SLACK
+    assert to_bytes(load_model(tmp_path / "m")) == to_bytes(load_model(tmp_path / "m", into=Sequential(*[Linear(600, 600)] * 40)))
+
+
+def test_a_file_that_memory_does_not_hold_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.numpy
+
+    load = safetensors.numpy.load
+
+    def small(data: bytes) -> Any:
+        if b"large" in data:
+            raise MemoryError
+        return load(data)
+
+    monkeypatch.setattr(safetensors.numpy, "load", small)
+    save_checkpoint(tmp_path, small_model(), Adam(), state={"step": 1})
+    path = save_checkpoint(tmp_path, small_model(), Adam(), state={"step": 2, "size": "large"})
+    with pytest.raises(CheckpointError, match=f"{path.name} does not fit in memory: it has"):
+        load_model(path)
+    with pytest.warns(RuntimeWarning, match=f"{path.name} does not fit in memory"):
+        assert load_checkpoint(tmp_path, small_model(), Adam()) == {"step": 1}
+
+
 def deep() -> dict[str, Any]:
     spec: dict[str, Any] = {"type": "ReLU"}
     for _ in range(400):
@@ -1017,6 +1095,72 @@ def test_a_second_thread_is_refused_and_the_same_one_is_not(tmp_path: Path) -> N
     assert f"another thread of this process, {os.getpid()}, is writing" in said[1]
 
 
+def outsider(folder: Path) -> str:
+    """What another process is told that wants to write into the folder; nothing if it gets in."""
+    code = "import sys\nfrom anyarray_linear._files import locked\nwith locked(sys.argv[1]): pass"
+    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True).stderr
+
+
+def test_who_copies_the_folder_does_not_let_others_in(tmp_path: Path) -> None:
+    import shutil
+
+    with locked(tmp_path / "run"):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        assert f"process {os.getpid()} is writing into this folder" in outsider(tmp_path / "run")
+    assert outsider(tmp_path / "run") == ""
+
+
+@pytest.mark.parametrize("what", [".lock", "the folder"])
+def test_a_lock_of_a_file_that_is_no_longer_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Who had the folder removes its lock, or the folder, after another process has opened the file."""
+    folder, lock, calls = tmp_path / "run", files._lock, []
+
+    def late(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (folder / ".lock").unlink()
+            if what == "the folder":
+                folder.rmdir()
+        lock(descriptor)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with locked(folder):
+        assert len(calls) == 2
+        assert "is writing into this folder" in outsider(folder)
+    assert outsider(folder) == ""
+
+
+FORKS = """
+import os, sys
+from anyarray_linear._files import locked
+with locked(sys.argv[1]):
+    child = os.fork()
+    if child:
+        print("forked", flush=True)
+        sys.stdin.readline()
+if not child:  # it has left the block too, and stays until its input ends
+    sys.stdin.read()
+    os._exit(0)
+print("left", flush=True)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_a_forked_process_has_no_lock_and_does_not_keep_its_parents(tmp_path: Path) -> None:
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", FORKS, str(tmp_path / "run")], **pipes) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "forked\n"
+        assert f"process {parent.pid} is writing" in outsider(tmp_path / "run")
+        print(file=parent.stdin, flush=True)
+        assert parent.stdout.readline() == "left\n"
+        assert outsider(tmp_path / "run") == ""  # though the child still lives
+        parent.stdin.close()
+        assert parent.wait(60) == 0
+
+
 def test_an_error_inside_lets_go_of_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), locked(tmp_path):
         _ = 1 / 0
@@ -1053,17 +1197,26 @@ def writer(folder: Path, steps: int) -> subprocess.Popen[bytes]:
 def killed_while_writing(folder: Path, kills: int) -> None:
     """Kill a process that writes checkpoints, again and again, at random moments; nothing it leaves is damaged."""
     chance, reached = random.Random(1), 0
-    for _ in range(kills):
+
+    def newest() -> int:
+        return max((int(path.stem[5:]) for path in checkpoints(folder)), default=0)
+
+    for kill in range(kills):
         with writer(folder, 10**9) as process:
             assert process.stdout is not None
             start = int(process.stdout.readline())
             assert start >= reached
-            reached = start
-            time.sleep(chance.random() * 0.1)
+            reached, began = start, time.monotonic()
+            if kill % 8 != 7:  # in the midst of writing, however fast the disk is; else at once
+                while newest() == start:
+                    assert process.poll() is None
+                    assert time.monotonic() - began < 120, "it makes no progress"
+                    time.sleep(0.0005)
+                time.sleep(chance.random() * (time.monotonic() - began))
             process.send_signal(signal.SIGKILL)
         for path in folder.glob("*.safetensors"):
             load_model(path)
-    assert reached > kills / 2, "the processes were killed before they wrote"
+    assert reached > kills / 2
     last = read_metadata(checkpoints(folder)[0])["step"] + 1
     unbroken = folder.with_name("unbroken")
     for run in (folder, unbroken):

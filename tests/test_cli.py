@@ -324,7 +324,7 @@ def test_predict_refuses_what_it_cannot_read_or_may_not_write(run: Callable[...,
         (("--lr", "0", "--schedule", "cosine"), ("lr",)),
         (("--hidden", "12,x"), ("--hidden", "12,x", "128,64")),
         (("--hidden", "0"), ("--hidden",)),
-        (("--hidden", "9999999999999"), ("out of memory", "--hidden")),
+        (("--hidden", "2147483647"), ("out of memory", "--hidden")),
         (("--test", "1"), ("--test", "fraction")),
         (("--validation", "nan"), ("--validation", "fraction")),
         (("--seed", "-1"), ("--seed",)),
@@ -461,6 +461,22 @@ def test_disk_that_is_full_at_the_end_is_one_line_and_resume_finishes(
     assert {path.name for path in Path("out").iterdir()} == FILES | {"checkpoints"}
 
 
+def test_a_config_that_cannot_be_written_leaves_the_one_that_was_there(
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("train", "--out", "out", "--epochs", 1, *SMALL).code == 0
+    before = {path: path.read_bytes() for path in Path("out").iterdir() if path.is_file()}
+    with monkeypatch.context() as patch:
+
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr("anyarray_linear._files.os.fsync", full)
+        assert_refused(run("train", "--out", "out", "--resume", "--epochs", 2), "config.json", "No space left", "is unchanged")
+    assert {path: path.read_bytes() for path in Path("out").iterdir() if path.is_file()} == before
+    assert run("train", "--out", "out", "--resume", "--epochs", 2).code == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Resume, signals
 
@@ -508,6 +524,41 @@ def test_damaged_config_is_one_line(run: Callable[..., Outcome], content: bytes)
     Path("out/config.json").write_bytes(content)
     assert_refused(run("train", "--out", "out", "--resume"))
     assert Path("out/config.json").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("out", "elsewhere"), ("help", True), ("resume", False), ("overwrite", True), ("distributed", "mpi"), ("processes", "mpi"),
+     ("no-such", 1), ("hidden", True), ("device", True), ("checkpoint_every", True), ("standardize", "x"), ("seed", "1 --out=elsewhere")],
+)  # fmt: skip
+def test_a_config_cannot_command_what_it_is_not_for(run: Callable[..., Outcome], name: str, value: object) -> None:
+    assert run("train", "--out", "out", "--epochs", 1, *SMALL).code == 0
+    config = loads(Path("out/config.json"))
+    config["options"][name] = value
+    Path("out/config.json").write_text(json.dumps(config))
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert_refused(run("train", "--out", "out", "--resume"), name.replace("_", "-"))
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_what_a_killed_run_left_half_written_is_removed(run: Callable[..., Outcome]) -> None:
+    assert run("train", "--out", "out", "--epochs", 1, *SMALL).code == 0
+    for option in ("--resume", "--overwrite"):
+        for folder in ("out", "out/checkpoints"):
+            Path(folder, ".0123456789ab.part").write_bytes(b"half")
+            Path(folder, "mine.part").write_bytes(b"somebody else's")
+        assert run("train", "--out", "out", "--epochs", 2, option, *SMALL[:2]).code == 0
+        assert [path.name for path in Path("out").rglob("*.part")] == ["mine.part"] * 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
+def test_a_config_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / "config.json")
+    with started("train", "--out", "out", "--resume", cwd=tmp_path) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "config.json is no regular file" in err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

@@ -220,14 +220,13 @@ def test_partial_fit_goes_on_from_where_it_was(digits):
     X, _, y, _ = digits
     model = LinearNetClassifier(random_state=0, learning_rate_init=0.005, batch_size=50)
     scores = []
-    for _ in range(8):
+    for _ in range(16):
         for part in np.array_split(np.arange(len(X)), 3):
             model.partial_fit(X[part] / 16, y[part], classes=range(10))
         scores.append(model.score(X / 16, y))
-    # over eight random states: 0.58 to 0.77 after the first pass, 0.90 to 0.92 after the last
-    assert scores[-1] > 0.85 > scores[0]
-    assert model.n_iter_ == len(model.loss_curve_) == 24
-    assert model._optimizer.steps == 8 * 3 * 5, "one optimizer for all of it, its moments kept"
+    assert scores[-1] > 0.9 > scores[0]
+    assert model.n_iter_ == len(model.loss_curve_) == 48
+    assert model._optimizer.steps == 16 * 3 * 5, "one optimizer for all of it, its moments kept"
     model.fit(X / 16, y)
     model.partial_fit(X / 16, y)
     resumed = pickle.loads(pickle.dumps(model))
@@ -276,9 +275,9 @@ def test_partial_fit_refuses_what_does_not_fit(digits, line):
         ({"solver": "lbfgs"}, ValueError, "solver is 'lbfgs'; it must be one of 'sgd', 'adam', 'adamw'"),
         ({"batch_size": "all"}, ValueError, "batch_size is 'all'; it must be one of 'auto'"),
         ({"batch_size": 0}, ValueError, "batch_size is 0"),
-        ({"hidden_layer_sizes": (3, 0)}, ValueError, "out_features is 0"),
-        ({"hidden_layer_sizes": 2.5}, TypeError, r"out_features is 2\.5, a float"),
-        ({"learning_rate_init": -1.0}, ValueError, "lr is -1"),
+        ({"hidden_layer_sizes": (3, 0)}, ValueError, r"hidden_layer_sizes\[1\] == 0"),
+        ({"hidden_layer_sizes": 2.5}, TypeError, r"hidden_layer_sizes\[0\] must be an instance of int"),
+        ({"learning_rate_init": -1.0}, ValueError, "learning_rate_init == -1"),
         ({"device": "gpu"}, ValueError, "device is 'gpu'; expected"),
         ({"device": "cuda:77"}, DeviceUnavailableError, "cuda:77 cannot be used"),
         ({"dtype": "int8"}, TypeError, "dtype is int8, but layers on cpu compute in"),
@@ -412,3 +411,29 @@ def test_a_device_that_is_asked_for_takes_arrays_from_anywhere(backend, line):
     assert Device.of(model.model_[0].W) == Device.of(X)
     assert backend.owns(model.predict(backend.asarray(X)))
     assert isinstance(model.predict(X), np.ndarray)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_iter", 0), ("max_iter", 2.5), ("n_iter_no_change", 0), ("n_iter_no_change", "x"), ("momentum", 2), ("tol", None),
+     ("validation_fraction", 2), ("learning_rate_init", -1), ("weight_decay", "a"), ("hidden_layer_sizes", -1),
+     ("hidden_layer_sizes", (8, 2.5))],
+)  # fmt: skip
+def test_a_parameter_that_makes_no_sense_is_named_and_nothing_is_fitted(name, value):
+    X, y = np.eye(6), np.asarray(["a", "b", "c"] * 2)
+    model = LinearNetClassifier(**{"hidden_layer_sizes": (4,), "max_iter": 1, name: value})
+    for attempt in (lambda: model.fit(X, y), lambda: model.partial_fit(X, y, classes=["a", "b", "c"])):
+        with pytest.raises((TypeError, ValueError), match=name):
+            attempt()
+        with pytest.raises(NotFittedError):
+            model.predict(X)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_a_fit_that_fails_leaves_no_older_model_behind():
+    X = np.eye(6)
+    model = LinearNetClassifier(hidden_layer_sizes=(4,), max_iter=1).fit(X, ["a", "b", "c"] * 2)
+    with pytest.raises(ValueError, match="NaN"):
+        model.fit(np.full((6, 2), np.nan), ["x", "y", "z"] * 2)
+    with pytest.raises(NotFittedError):
+        model.predict(X)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import threading
 
@@ -22,7 +23,10 @@ from anyarray_linear import (
     evaluate,
     fit,
     load_checkpoint,
+    load_model,
     predict,
+    save_checkpoint,
+    save_model,
 )
 from anyarray_linear.schedules import cosine
 
@@ -643,30 +647,117 @@ def small_cuda(monkeypatch):
     pool.set_limit(size=0)
 
 
-@pytest.mark.parametrize("call", ["fit", "evaluate", "predict"])
-def test_running_out_of_gpu_memory_says_what_to_change_and_gives_the_memory_back(small_cuda, call):
-    model = Sequential(Linear(64, 512, dtype="float32", device="cuda:0", seed=0), ReLU(), Linear(512, 8, dtype="float32", device="cuda:0", seed=0))
+@pytest.mark.parametrize("call", ["fit", "validation", "evaluate", "predict", "Linear", "load_model", "load_model into", "load_checkpoint"])
+def test_running_out_of_gpu_memory_says_what_was_there_and_what_to_change_and_gives_the_memory_back(small_cuda, call, tmp_path):
+    import cupy
+
+    def layer(features, outputs, device="cuda:0"):
+        return Linear(features, outputs, dtype="float32", device=device, seed=0)
+
+    model = Sequential(layer(64, 512), ReLU(), layer(512, 8))
     X, y = np.zeros((40_000, 64), np.float32), np.zeros(40_000, int)
-
-    def run(batch_size):
-        if call == "predict":
-            return predict(model, X, batch_size=batch_size)
-        if call == "evaluate":
-            return evaluate(model, X, y, loss=SoftmaxCrossEntropy(), batch_size=batch_size)
-        return fit(model, X, y, loss=SoftmaxCrossEntropy(), optimizer=Adam(), batch_size=batch_size, epochs=1, progress=False)
-
+    options = {"loss": SoftmaxCrossEntropy(), "optimizer": Adam(), "epochs": 1, "progress": False}
+    saved = layer(1500, 1500, "cpu")  # 9 MB
+    save_model(saved, tmp_path / "m")
+    rule = Adam()
+    rule.step(saved, {"W": saved.W, "b": saved.b})
+    save_checkpoint(tmp_path, saved, rule, state={})
+    into = layer(1500, 1500)
+    calls = {
+        "fit": lambda: fit(model, X, y, batch_size=40_000, **options),
+        "validation": lambda: fit(layer(64, 20_000), X[:8], y[:8], batch_size=8, validation=(X[:900], y[:900]), **options),
+        "evaluate": lambda: evaluate(model, X, y, loss=SoftmaxCrossEntropy(), batch_size=40_000),
+        "predict": lambda: predict(model, X, batch_size=40_000),
+        "Linear": lambda: layer(6000, 6000),
+        "load_model": lambda: load_model(tmp_path / "m", device="cuda:0"),
+        "load_model into": lambda: load_model(tmp_path / "m", into=into),
+        "load_checkpoint": lambda: load_checkpoint(tmp_path, into, Adam()),
+    }
     small_cuda.free_all_blocks()
+    if call == "validation":  # in so many rows at once as memory lets it, which are fewer than 900
+        calls[call]()
+        return
+    before = into.W.get()
+    kept = cupy.zeros(50 << 20, cupy.uint8) if call.startswith("load") else None
+    held = small_cuda.used_bytes()
     with pytest.raises(MemoryError) as raised:
-        run(40_000)
+        calls[call]()
     message = str(raised.value)
     assert "allocating" in message  # CuPy's own words: how much was asked for
-    assert "cuda:0 has" in message
-    assert "smaller batch_size than 40000" in message
-    assert small_cuda.total_bytes() < 4 << 20  # the parameters, not the batch
-    run(256)  # the process goes on
+    free = re.search(r"cuda:0 had ([0-9,]+) MiB free of [0-9,]+ MiB; ", message)
+    assert free is not None
+    assert 0 <= int(free[1].replace(",", "")) <= 64 - held // 2**20
+    assert ("smaller batch_size than 40000" if call in ("fit", "evaluate", "predict") else "another device") in message
+    assert (into.W.get() == before).all()
+    del raised
+    assert small_cuda.total_bytes() < held + (1 << 20)  # nothing of what failed is kept, by the pool neither
+    del kept
+    evaluate(model, X, y, loss=SoftmaxCrossEntropy(), batch_size=256)  # the process goes on
 
 
-def test_training_from_a_memory_mapped_file_takes_bounded_memory(tmp_path):
+def test_validation_takes_no_more_rows_than_fit_in_a_few_megabytes_or_in_a_batch():
+    X, y = problem(rows=40_000)
+
+    class Counted(Watch):
+        def __call__(self, X):
+            self.see(len(X))
+            return X
+
+    def most_rows(width, batch_size):
+        seen = []
+        model = Sequential(Counted(seen.append), Linear(4, width, dtype="float32"), Linear(width, 3, dtype="float32"))
+        model[0].forward = lambda X: (X, {"Z": X})
+        fit(model, X[:8], y[:8], loss=SoftmaxCrossEntropy(), optimizer=SGD(0.1), epochs=1, batch_size=batch_size,
+            validation=(X, y), progress=False)  # fmt: skip
+        return max(seen)
+
+    assert most_rows(width=8, batch_size=8) == 1024
+    assert most_rows(width=8, batch_size=2000) == 2000
+    assert most_rows(width=5_000, batch_size=8) == 2**20 // (4 + 5_000 + 1 + 3 + 1) == 209
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's, which is no `MemoryError`."""
+
+
+@pytest.mark.parametrize(
+    ("error", "explained"),
+    [
+        (OutOfMemoryError("Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"), True),
+        (MemoryError(), True),
+        (RuntimeError("something else"), False),
+    ],
+    ids=str,
+)
+def test_memory_that_ran_out_is_told_by_any_librarys_error(error, explained):
+    def fail(X):
+        raise error
+
+    X, y = problem()
+    model = Sequential(Watch(fail), *network())
+    model[0].__class__ = type("Failing", (Watch,), {"__call__": lambda self, X: fail(X)})
+    with pytest.raises(MemoryError if explained else RuntimeError) as raised:
+        fit(model, X, y, loss=SoftmaxCrossEntropy(), optimizer=SGD(0.1), progress=False)
+    if explained:
+        assert re.match(f"{re.escape(str(error)) or 'an allocation failed'}; cpu had .* MiB free of .*; use a smaller", str(raised.value))
+
+
+def test_torch_without_memory_says_what_to_change():
+    torch = pytest.importorskip("torch")
+
+    class Hungry(Watch):
+        def __call__(self, X):
+            return torch.empty(1 << 50)
+
+    model = Sequential(Hungry(None), Linear.from_arrays(torch.ones(3, 4)))
+    with pytest.raises(MemoryError, match=r"you tried to allocate [0-9]+ bytes[^;]*; use a smaller batch_size than 8"):
+        predict(model, problem()[0], batch_size=8)
+
+
+@pytest.mark.parametrize("validation", [None, 0.5])
+def test_training_from_a_memory_mapped_file_takes_bounded_memory(validation, tmp_path):
     import tracemalloc
 
     X = np.lib.format.open_memmap(tmp_path / "X.npy", mode="w+", dtype=np.float32, shape=(400_000, 64))
@@ -674,10 +765,12 @@ def test_training_from_a_memory_mapped_file_takes_bounded_memory(tmp_path):
     X.flush()
     X, y = np.load(tmp_path / "X.npy", mmap_mode="r"), np.zeros(400_000, np.uint8)
     assert X.nbytes == 102_400_000
+    fit(network(features=64), X[:9], y[:9], loss=SoftmaxCrossEntropy(), optimizer=SGD(0.1), epochs=1, progress=False)  # imports
     tracemalloc.start()
     try:
-        fit(network(features=64), X, y, loss=SoftmaxCrossEntropy(), optimizer=SGD(0.1), batch_size=4096, epochs=1, progress=False)
+        fit(network(features=64), X, y, loss=SoftmaxCrossEntropy(), optimizer=SGD(0.1), batch_size=4096, epochs=1, progress=False,
+            validation=validation)  # fmt: skip
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < X.nbytes // 2
+    assert peak < X.nbytes // 3  # 17 MB are a chunk whose values are checked, and what checks it; 3 MB each order of the rows

@@ -157,8 +157,8 @@ def _sizes(text: str) -> list[int]:
         sizes = [int(size) for size in text.split(",")]
     except ValueError:
         sizes = [0]
-    if min(sizes) < 1:
-        raise bad("hidden", f'{text!r} is no list of sizes; give whole numbers above 0, such as 128,64, or "none"')
+    if not 0 < min(sizes) <= max(sizes) < 2**31:
+        raise bad("hidden", f'{text!r:.80} is no list of sizes; give numbers from 1 to 2^31 - 1, such as 128,64, or "none"')
     return sizes
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import typer
 
 from .. import __version__, distributed
-from .._files import locked
+from .._files import locked, sweep
 from ..checkpoint import checkpoints
 from ..losses import MeanSquaredError
 from ..training import History, evaluate, fit
@@ -156,6 +156,7 @@ def _started(options: Any, group: distributed.Group) -> int:
     _refuse_a_used(folder, options)
     is_new = not folder.exists()
     with StopSignals() as stop, locked(folder / _CHECKPOINTS):
+        sweep(folder)
         if options.overwrite:
             _clear(folder)
         try:
@@ -209,6 +210,8 @@ def _restored(options: Any, given: set[str]) -> list[str]:
     if options.out is None:
         raise bad("resume", "it needs the folder of the run: --out FOLDER")
     path = options.out / "config.json"
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"{path} is no regular file; start anew with --overwrite")
     try:
         with path.open(encoding="utf-8") as file:
             stored = dict(json.loads(file.read(1 << 20))["options"])
@@ -217,18 +220,24 @@ def _restored(options: Any, given: set[str]) -> list[str]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); start anew with --overwrite") from error
     now = _stored(options)
+    unknown = sorted(stored.keys() - now.keys())
+    if unknown:  # such as "out", which would send all that is written elsewhere
+        raise ValueError(f"{path} has the option {unknown[0]!r:.60}, which no run is stored with; remove it from that file")
     for name in given & now.keys():
         fixed = name not in _CHANGEABLE or (name == "epochs" and stored.get("schedule") != "constant")
         if fixed and now[name] != stored.get(name):
             raise bad(name, f"it is {now[name]}, but the run in {options.out} has {stored.get(name)}; leave it out")
     stored |= {name: now[name] for name in given & now.keys()}
-    arguments = [f"--out={options.out}", "--resume"] + ["--overwrite"] * options.overwrite
-    arguments += [] if options.processes is None else [f"--distributed={options.processes}"]
+    arguments = []
     for name, value in stored.items():
         flag = name.replace("_", "-")
-        if value is not None:
-            arguments.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}")
-    return arguments
+        if isinstance(value, bool) and isinstance(now[name], bool):
+            arguments.append(f"--{'' if value else 'no-'}{flag}")
+        elif value is not None:
+            arguments.append(f"--{flag}={value}")
+    arguments += ["--overwrite"] * options.overwrite
+    arguments += [] if options.processes is None else [f"--distributed={options.processes}"]
+    return [*arguments, f"--out={options.out}", "--resume"]  # the last word has who typed it
 
 
 def _stored(options: Any) -> dict[str, Any]:

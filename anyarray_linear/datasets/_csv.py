@@ -60,12 +60,21 @@ class Table(NamedTuple):
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell reads as a number (also `nan` and `inf`, which are refused later, by position)."""
+    """Whether a cell reads as a number (also `nan` and `inf`, which are refused later, by position).
+
+    Python reads more than files mean: `1_000`, and digits of other scripts.
+    """
+    if _peculiar(cell.strip()):
+        return False
     try:
         float(cell)
     except ValueError:
         return False
     return True
+
+
+def _peculiar(text: str) -> bool:
+    return "_" in text or not text.isascii()
 
 
 def read_csv(path: Path, choose: Callable[[list[str]], Layout]) -> Table:
@@ -124,10 +133,14 @@ def _table(path: Path, reader: Reader, choose: Callable[[list[str]], Layout]) ->
                 "give every line the same number",
             )
         try:
-            values.extend([float(row[i]) for i in columns])
+            numbers = [float(row[i]) for i in columns]
+            sound = not _peculiar("".join(row)) or all(is_number(row[i]) for i in columns)
         except ValueError:
+            sound = False
+        if not sound:
             bad = next(i for i in columns if not is_number(row[i]))
-            raise _bad_cell(path, reader.line_num, layout, bad, row[bad].strip()) from None
+            raise _bad_cell(path, reader.line_num, layout, bad, row[bad].strip())
+        values.extend(numbers)
         if target is not None:
             label = row[target].strip()
             if not label:

@@ -19,15 +19,25 @@ from ._checks import DataError, listed, refusal
 
 HEADER_BYTES = 16_384
 """The part of a member in which its header must end; NumPy itself stops at 10,000."""
-SMALL_BYTES = 64 * 2**20
+SMALL_BYTES = 8 * 2**20
+"""What arrays may take together in any case, with 8 bytes for each number: what bytes become when they are class ids."""
 MAX_RATIO = 100
-"""An array above `SMALL_BYTES` that shrank more than this is taken for a zip bomb (zeros shrink 1,000 times)."""
+"""Arrays that take more and shrank more than this are taken for a zip bomb (zeros shrink 1,000 times)."""
 
 
 def read_npz(path: Path, names: tuple[str, ...]) -> list[Array]:
     """The arrays called `names`, numbers or text (`U`) of any shape; `DataError` if one of them cannot be had."""
     try:
         with zipfile.ZipFile(path) as archive:
+            sizes = [_checked(path, archive, name) for name in names]
+            taken, declared, packed = map(sum, zip(*sizes, strict=True))
+            packed = min(packed, path.stat().st_size)
+            if taken > SMALL_BYTES and declared > MAX_RATIO * packed:
+                raise refusal(
+                    path,
+                    f"{' and '.join(names)} would unpack {packed} bytes to {declared}, as a zip bomb does; "
+                    "if it is meant, write it uncompressed with numpy.savez",
+                )
             return [_member(path, archive, name) for name in names]
     except DataError:
         raise
@@ -38,7 +48,8 @@ def read_npz(path: Path, names: tuple[str, ...]) -> list[Array]:
         raise refusal(path, f"is damaged or no .npz file ({reason}); write it again with numpy.savez") from error
 
 
-def _member(path: Path, archive: zipfile.ZipFile, name: str) -> Array:
+def _checked(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[int, int, int]:
+    """How many bytes an array will take, is declared to have, and has in the archive; `DataError` if it may not be read."""
     try:
         info = archive.getinfo(f"{name}.npy")
     except KeyError:
@@ -53,23 +64,21 @@ def _member(path: Path, archive: zipfile.ZipFile, name: str) -> Array:
     if dtype.kind not in "biufU":
         kind = "Python objects, which are never loaded (they can run code)" if dtype.hasobject else f"dtype {dtype}"[:60]
         raise refusal(path, f"array {name!r} holds {kind}; save it as numbers, such as {name}.astype('float32')")
-    declared, packed = math.prod(shape) * dtype.itemsize, min(info.compress_size, path.stat().st_size)
+    declared = math.prod(shape) * dtype.itemsize
     if declared != info.file_size - head.tell():
         raise refusal(
             path,
             f"array {name!r} declares shape {str(shape)[:60]} of {dtype} but holds {info.file_size - head.tell()} bytes; "
             "write it again with numpy.savez",
         )
-    if declared > SMALL_BYTES and declared > MAX_RATIO * packed:
-        raise refusal(
-            path,
-            f"array {name!r} would unpack {packed} bytes to {declared}, as a zip bomb does; "
-            "if it is meant, write it uncompressed with numpy.savez",
-        )
-    with archive.open(info) as member:
+    return math.prod(shape) * max(8, dtype.itemsize), declared, info.compress_size
+
+
+def _member(path: Path, archive: zipfile.ZipFile, name: str) -> Array:
+    with archive.open(f"{name}.npy") as member:
         array = np.lib.format.read_array(member, allow_pickle=False)
-    if dtype.kind == "U":  # NumPy takes any 32 bits for a character, and fails when one is used
-        characters = np.ascontiguousarray(array).view(f"{dtype.str[0]}u4")
+    if array.dtype.kind == "U":  # NumPy takes any 32 bits for a character, and fails when one is used
+        characters = np.ascontiguousarray(array).view(f"{array.dtype.str[0]}u4")
         if ((characters > 0x10FFFF) | (characters >> 11 == 0xD800 >> 11)).any():
             raise refusal(path, f"array {name!r} holds text that is no Unicode; write it again with numpy.savez")
     return array

@@ -21,8 +21,8 @@ def load_data(path: str | os.PathLike[str], *, target: str | None = None, task: 
 
     Args:
         path: a `.npz` with the arrays `X` `(N, D)` and `y` `(N,)`; or a `.csv` in UTF-8 with one sample per line,
-            cells separated by commas, semicolons or tabs, with or without a header (the first line is one when a
-            feature in it is no number, or when its numbers can only be names: 0, 1, 2, ... or years).
+            cells separated by commas, semicolons or tabs, with or without a header (the first line is one when it
+            holds no number, or when its numbers can only be names: 0, 1, 2, ... or years; or when `target` is given).
         target: the name of the target column (default: the last one) or array (default: `y`).
         task: `"classification"` or `"regression"`. Default: integers and texts are classes, floats a regression target,
             except floats that are exactly the ids 0 to K - 1, each more than once, which are classes too.
@@ -72,7 +72,8 @@ def load_features(path: str | os.PathLike[str], n_features: int, *, features: Se
         return X
 
     def choose(row: list[str]) -> Layout:
-        names = _names(path, row, n_features)
+        named = features is not None and set(features) <= {cell.strip() for cell in row}
+        names = _header(path, row) if named else _names(path, row, n_features)
         if names is not None and features is not None:
             index = {name: i for i, name in enumerate(names)}
             missing = [name for name in features if name not in index]
@@ -147,10 +148,19 @@ def _from_csv(path: Path, target: str | None, task: Task | None) -> Data:
 
 
 def _names(path: Path, row: list[str], n_features: int) -> list[str] | None:
-    """The column names, if the first row is a header: a feature in it is no number, or it counts 0, 1, 2, ... as pandas
-    does for columns without names (a sample of more than four columns hardly does)."""
+    """The column names, if the first row is a header: no cell of it is a number, or it counts 0, 1, 2, ... as pandas
+    does for columns without names (a sample of more than four columns hardly does). It is none if all features are."""
     counts = len(row) > 4 and row == [str(i) for i in range(len(row))]
-    return _header(path, row) if counts or not all(map(is_number, row[:n_features])) else None
+    texts = [i for i, cell in enumerate(row) if not is_number(cell)]
+    if counts or len(texts) == len(row):
+        return _header(path, row)
+    if all(i >= n_features for i in texts):
+        return None
+    raise refusal(
+        path,
+        f"the first line has numbers, but its column {texts[0] + 1} is {shown(row[texts[0]].strip())}; if it is a sample, "
+        "correct that cell; if it is a header, let each name begin with a letter, or name the target column",
+    )
 
 
 def _is_header(row: list[str], table: Table) -> bool:

@@ -5,7 +5,8 @@ the names of `MLPClassifier` where they mean the same. What is different:
 
 - `device`: where to compute, as `select_device` takes it; NumPy data are moved there batch by batch, and results come back.
   `None`: where `X` is. That is the CPU, or under `sklearn.config_context(array_api_dispatch=True)` wherever the arrays are:
-  CuPy arrays train on their card, torch tensors on their device, and results are of the same library and device.
+  CuPy arrays train on their card, torch tensors on their device, and results are of the same library and device. (For
+  that, scikit-learn wants SCIPY_ARRAY_API=1 in the environment before Python starts.)
 - `dtype`: what to compute in; `None` is float32 for a float32 or float16 `X`, else float64. Most GPUs are many times
   faster in float32.
 - `solver` is one of this library's optimizers, and `weight_decay` theirs; there is no `alpha`, which MLPClassifier divides
@@ -22,6 +23,7 @@ import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any, Self
 
 import numpy as np
@@ -32,7 +34,7 @@ except ImportError as error:
     raise ImportError('this needs scikit-learn; pip install "anyarray_linear[sklearn]"') from error
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
-from sklearn.utils import check_random_state
+from sklearn.utils import check_random_state, check_scalar
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -57,6 +59,16 @@ _ACTIVATIONS: dict[str, tuple[tuple[Any, ...], str]] = {  # the layers, and the 
     "silu": ((SiLU,), "he_normal"),
     "gelu": ((GELU,), "he_normal"),
 }
+
+_RANGES: tuple[tuple[str, type, float, float | None, str], ...] = (  # of the parameters that are numbers
+    ("weight_decay", Real, 0, None, "left"),
+    ("learning_rate_init", Real, 0, None, "neither"),
+    ("max_iter", Integral, 1, None, "left"),
+    ("tol", Real, 0, None, "left"),
+    ("momentum", Real, 0, 1, "left"),
+    ("validation_fraction", Real, 0, 1, "neither"),
+    ("n_iter_no_change", Integral, 1, None, "left"),
+)
 
 
 class _LinearNet(BaseEstimator):  # type: ignore[misc]
@@ -144,6 +156,8 @@ class _LinearNet(BaseEstimator):  # type: ignore[misc]
         Raises `ValueError` or `TypeError` for data or parameters that do not fit, `DeviceUnavailableError` for a device that
         cannot be used, and `NonFiniteError` when training diverges.
         """
+        self._check_parameters()
+        self.__dict__.pop("model_", None)  # what follows may fail, and then nothing is fitted
         X, y = self._validated(X, y, reset=True)
         self._look_at(y)
         targets = self._encoded(y)
@@ -167,6 +181,12 @@ class _LinearNet(BaseEstimator):  # type: ignore[misc]
                 stacklevel=2,
             )
         return self
+
+    def _check_parameters(self) -> None:
+        for name, kind, low, high, ends in _RANGES:
+            check_scalar(getattr(self, name), name, kind, min_val=low, max_val=high, include_boundaries=ends)
+        for i, size in enumerate(np.atleast_1d(self.hidden_layer_sizes).tolist()):
+            check_scalar(size, f"hidden_layer_sizes[{i}]", Integral, min_val=1)
 
     def _begin(self, X: Array) -> None:
         """A new model and optimizer, for data like `X`."""
@@ -233,6 +253,7 @@ class _LinearNet(BaseEstimator):  # type: ignore[misc]
         """One pass over the samples, with the model there is, if there is one; `known`: all targets, if not those of `y`."""
         if self.early_stopping:
             raise ValueError("partial_fit is one pass, and early_stopping is about many; set early_stopping=False")
+        self._check_parameters()
         first = not hasattr(self, "model_")
         X, y = self._validated(X, y, reset=first)
         if first:
@@ -249,7 +270,7 @@ class _LinearNet(BaseEstimator):  # type: ignore[misc]
 
     def _raw(self, X: Any, method: str) -> Array:
         """The outputs `Z` `(n_samples, outputs)` of the model, where `X` is."""
-        check_is_fitted(self)
+        check_is_fitted(self, "model_")
         with _where(X):
             X = validate_data(self, X, reset=False)
         self._check_place(X, method)
