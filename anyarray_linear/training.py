@@ -687,8 +687,8 @@ class _Run:
     def scored_rows(self) -> int:
         """How many rows are validated at once: 1024, or as many as have a million numbers in all layers, or a batch."""
         outputs: int = sum(W.shape[0] for W in parameters(self.model).values() if W.ndim > 1)
-        per_row = math.prod(self.data.X.shape[1:]) + outputs
-        return int(max(self.batch_size, min(1024, _VALIDATED // max(1, per_row))))
+        per_row: int = math.prod(self.data.X.shape[1:]) + outputs
+        return max(self.batch_size, min(1024, _VALIDATED // max(1, per_row)))
 
     def judge(self) -> tuple[float, int]:
         """Read what the device summed, the loss and its rows; raise `NonFiniteError` if something was not finite."""
