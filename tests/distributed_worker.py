@@ -322,13 +322,13 @@ class Scenarios:
         return self.deep(checkpoint=self.folder / os.environ["WORKER_CHECKPOINTS"], resume=True)
 
     def silence(self):
-        self.group.timeout = 1.0
+        self.group.timeout = 4.0  # ample for a rank that is only slow
         loss = Faulty(14, lambda value: time.sleep(600)) if self.rank == 1 else Faulty(NEVER, fail)
         return told(lambda: self.deep(loss=loss, checkpoint=self.folder / "silent"))
 
     def crash(self):
         """A rank whose program ends by an error of its own, outside of `fit`."""
-        self.group.timeout = 1.0
+        self.group.timeout = 4.0  # ample for a rank that is only slow
         if self.rank == 1:
             raise KeyError("not in fit")
         return told(self.deep)

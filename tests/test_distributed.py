@@ -53,7 +53,8 @@ TOGETHER = [
     "nan_fatal", "nan_slow", "failure", "failure_before", "disagreement", "other_weights", "other_optimizer",
     "other_moments", "differences", "other_files", "fault",
 ]  # fmt: skip
-BOUND = 60.0  # seconds in which every job must have ended that loses a rank; they take 1 to 8
+BOUND = 120.0  # seconds in which every job must have ended that loses a rank; they take 1 to 8
+PATIENCE = 600.0  # for jobs that only have to come to their end
 
 needs_mpi = pytest.mark.skipif(
     MPIEXEC is None or importlib.util.find_spec("mpi4py") is None, reason="there is no mpi4py, or no mpiexec"
@@ -72,7 +73,7 @@ def started(size, *command, launcher="", options=(), **environment):
     )  # fmt: skip
 
 
-def launched(size, folder, *scenarios, timeout=BOUND, **environment):
+def launched(size, folder, *scenarios, timeout=PATIENCE, **environment):
     """Run scenarios on `size` ranks; what each found, the exit code, and what all of them said."""
     process = started(size, worker.__file__, folder, *scenarios, **environment)
     try:
@@ -500,7 +501,7 @@ def test_a_rank_that_gives_no_sign_is_named_in_bounded_time(tmp_path, scenario):
         kind, message, about, seconds = found[rank][scenario]
         assert (kind, about) == ("RankError", (1,)), message
         assert "rank 1 (process" in message
-        assert "gave no sign for 1 s" in message
+        assert "gave no sign for 4 s" in message
         assert seconds < BOUND / 2
     if scenario == "silence":
         assert load_checkpoint(tmp_path / "silent", worker.deep_model(), Adam(1e-2))["step"] == 10
@@ -552,11 +553,11 @@ def command(size, folder, *arguments, **environment):
 
 @needs_mpi
 def test_the_command_trains_on_ranks_and_resumes_on_others(tmp_path):
-    out, err = command(3, tmp_path / "a", "--distributed", "mpi", "--epochs", "2").communicate(timeout=BOUND)
+    out, err = command(3, tmp_path / "a", "--distributed", "mpi", "--epochs", "2").communicate(timeout=PATIENCE)
     assert out.count("3 ranks over") == out.count("accuracy") == 1, out + err  # rank 0 alone prints
     assert err.count("epoch 2") == 1
-    command(2, tmp_path / "a", "--distributed", "mpi", "--epochs", "3", "--resume").communicate(timeout=BOUND)
-    command(1, tmp_path / "b", "--epochs", "3").communicate(timeout=BOUND)  # one process, without MPI
+    command(2, tmp_path / "a", "--distributed", "mpi", "--epochs", "3", "--resume").communicate(timeout=PATIENCE)
+    command(1, tmp_path / "b", "--epochs", "3").communicate(timeout=PATIENCE)  # one process, without MPI
     mine, theirs = ((tmp_path / name / "history.jsonl").read_text().splitlines() for name in "ab")
     assert len(mine) == len(theirs) == 3
     ours, one = (float(re.search(r'"loss": ([0-9.e-]+)', rows[-1])[1]) for rows in (mine, theirs))
@@ -607,7 +608,7 @@ def test_the_command_refuses_on_all_ranks(tmp_path, monkeypatch, arguments, word
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "config.json").write_text("{}")
     process = command(3, tmp_path / "a", "--distributed", "mpi", *arguments)
-    _, err = process.communicate(timeout=BOUND)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert err.count("error: ") == err.count(words) == 1, err  # what rank 0 says, others need not repeat
     assert "Traceback" not in err
@@ -624,7 +625,7 @@ def test_sigterm_to_mpiexec_stops_all_ranks_after_a_step(tmp_path):
         process.communicate()
         pytest.skip("Open MPI's mpiexec kills its ranks at once instead")
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=BOUND)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode in (143, 15)
     assert '"interrupted": true' in (tmp_path / "a" / "summary.json").read_text()
 
