@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -174,6 +175,29 @@ def test_large_models_are_updated_by_several_threads(monkeypatch):
     monkeypatch.setitem(numpy_lane._RULES, SGD, watched)
     train(SGD(0.1), "float32", steps=1)
     assert len(threads) == 3
+
+
+def test_no_thread_still_updates_after_the_step_was_interrupted(monkeypatch):
+    monkeypatch.setattr(numpy_lane, "BLOCK", 1000)
+    monkeypatch.setattr(numpy_lane, "_cores", lambda: 3)
+    rule, main, at_work, released = numpy_lane._RULES[SGD], threading.get_ident(), threading.Barrier(3, timeout=60), []
+
+    def interrupted(*arguments):
+        if not released:
+            at_work.wait()  # all three threads have a block in hand
+            released.append(True)
+        if threading.get_ident() == main:
+            raise KeyboardInterrupt
+        time.sleep(0.05)  # they are busy when this thread leaves
+        rule(*arguments)
+
+    monkeypatch.setitem(numpy_lane._RULES, SGD, interrupted)
+    layer, optimizer = Linear(100, 100, dtype="float32", seed=0), SGD(0.1)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(layer, {name: np.ones_like(p) for name, p in layer.parameters().items()})
+    at_once = layer.W.copy()
+    time.sleep(0.3)
+    np.testing.assert_array_equal(layer.W, at_once)
 
 
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 5e-324, -5e-324, 1e-45, -1e-45, 1.5, -1.5]

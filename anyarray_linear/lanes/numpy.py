@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import copy_context
 from functools import lru_cache
@@ -287,7 +287,10 @@ def _on_cores(work: Callable[[], None], cores: int) -> None:
         _pool = ThreadPoolExecutor(thread_name_prefix="anyarray_linear")
     # in the caller's context: np.errstate counts there too
     others = [_pool.submit(copy_context().run, work) for _ in range(1, cores)]
-    work()
+    try:
+        work()
+    finally:  # after an interrupt, too, nobody writes to the parameters any more
+        wait(others)
     for other in others:
         other.result()
     return None
