@@ -200,6 +200,17 @@ def test_no_thread_still_updates_after_the_step_was_interrupted(monkeypatch):
     np.testing.assert_array_equal(layer.W, at_once)
 
 
+def test_an_error_of_a_rule_is_not_taken_for_the_end_of_the_work(monkeypatch):
+    def faulty(*arguments):
+        raise IndexError("of the rule")
+
+    monkeypatch.setattr(numpy_lane, "BLOCK", 1000)
+    monkeypatch.setitem(numpy_lane._RULES, SGD, faulty)
+    layer = Linear(100, 100, dtype="float32", seed=0)
+    with pytest.raises(IndexError, match="of the rule"):
+        SGD(0.1).step(layer, {name: np.ones_like(p) for name, p in layer.parameters().items()})
+
+
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 5e-324, -5e-324, 1e-45, -1e-45, 1.5, -1.5]
 
 

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
 from contextvars import copy_context
 from functools import lru_cache
 from typing import Any
@@ -197,10 +196,12 @@ def apply(
 
     def update() -> None:
         scratch = np.empty(min(size, flat.W.size), flat.W.dtype)
-        with suppress(IndexError):  # when none is left
-            while True:
+        while True:
+            try:
                 W, dW, moments = blocks.pop()
-                rule(optimizer, W, dW, moments, scratch[: W.size], lr, optimizer.steps)
+            except IndexError:  # none is left
+                return
+            rule(optimizer, W, dW, moments, scratch[: W.size], lr, optimizer.steps)
 
     # threads take the next block when they are done with one: a BLAS thread that still spins after its last product takes up
     # to half of a core from one of them
