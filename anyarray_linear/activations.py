@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self
 
-from ._arrays import Array, Namespace, check_alike, check_float, check_shape, computing_on, describe
+from .arrays.place import Array, Namespace, check_alike, check_float, check_shape, computing_on, describe
 from .lanes import lane
 
 

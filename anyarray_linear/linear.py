@@ -44,7 +44,9 @@ import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
-from ._arrays import (
+from .arrays.device import Device, explained_memory, select_device
+from .arrays.pickling import pin, unpin
+from .arrays.place import (
     Array,
     Namespace,
     at_a_glance,
@@ -57,8 +59,6 @@ from ._arrays import (
     device_of,
     surely_alike,
 )
-from ._pickling import pin, unpin
-from .device import Device, explained_memory, select_device
 from .initializers import draw_parameters
 from .lanes import lane
 from .protocol import store_gradients

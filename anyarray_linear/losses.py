@@ -12,7 +12,7 @@ from typing import Any
 
 from array_api_compat import is_torch_array
 
-from ._arrays import (
+from .arrays.place import (
     Array,
     Namespace,
     check_alike,

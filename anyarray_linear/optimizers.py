@@ -11,7 +11,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ._arrays import (
+from .arrays.device import Device
+from .arrays.pickling import pin, unpin
+from .arrays.place import (
     Array,
     Namespace,
     check_alike,
@@ -23,8 +25,6 @@ from ._arrays import (
     dtype_name,
     surely_alike,
 )
-from ._pickling import pin, unpin
-from .device import Device
 from .lanes import lane
 from .protocol import join, leaves, stored_gradients
 from .schedules import _real

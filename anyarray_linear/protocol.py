@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from ._arrays import Array, check_alike, check_shape, computing_on
+from .arrays.place import Array, check_alike, check_shape, computing_on
 
 
 @runtime_checkable

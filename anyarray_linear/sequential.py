@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
-from ._arrays import Array, check_alike, computing_on
+from .arrays.place import Array, check_alike, computing_on
 from .linear import Linear
 from .protocol import Layer, join, leaves, parameters, store_gradients
 

@@ -46,9 +46,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import doctor
-from ._arrays import Array, check_array, check_shape, computing_on, describe, dtype_name, is_array
-from .device import Device, DeviceUnavailableError, select_device
+from .arrays import doctor
+from .arrays.device import Device, DeviceUnavailableError, select_device
+from .arrays.place import Array, check_array, check_shape, computing_on, describe, dtype_name, is_array
 from .linear import Linear
 from .protocol import leaves, parameters
 

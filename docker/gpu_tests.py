@@ -3,7 +3,7 @@
 import os
 import sys
 
-from anyarray_linear import doctor
+from anyarray_linear.arrays import doctor
 
 steps = doctor.examine()
 for step in steps:

@@ -3,7 +3,7 @@
     pytest --backends numpy,strict      only these
     pytest --require-cuda               fail unless tests ran on a real CUDA device
 
-The conversions here are written with each library's own functions, not with `anyarray_linear.device`, so that a fault
+The conversions here are written with each library's own functions, not with `anyarray_linear.arrays.device`, so that a fault
 there cannot hide itself.
 """
 

@@ -23,10 +23,11 @@ import numpy as np
 import pytest
 
 import anyarray_linear
-import anyarray_linear._files as files
-from anyarray_linear import GELU, SGD, Adam, AdamW, Linear, ReLU, Sequential, Sigmoid, SiLU, Tanh, checkpoint
-from anyarray_linear._files import atomic_write, locked
-from anyarray_linear.checkpoint import (
+from anyarray_linear import GELU, SGD, Adam, AdamW, Linear, ReLU, Sequential, Sigmoid, SiLU, Tanh
+from anyarray_linear.files import atomic as files
+from anyarray_linear.files import checkpoints as checkpoint
+from anyarray_linear.files.atomic import atomic_write, locked
+from anyarray_linear.files.checkpoints import (
     CheckpointError,
     checkpoints,
     load_checkpoint,
@@ -369,7 +370,7 @@ def test_without_safetensors_the_message_says_what_to_install(tmp_path: Path, mo
 
 
 def test_importing_the_package_loads_no_safetensors() -> None:
-    code = "import sys, anyarray_linear.checkpoint; print(*{'safetensors', 'hashlib', 'json'} & sys.modules.keys())"
+    code = "import sys, anyarray_linear.files.checkpoints; print(*{'safetensors', 'hashlib', 'json'} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == ""
 
 
@@ -506,7 +507,7 @@ def test_a_fault_at_any_stage_leaves_the_old_file(
     save_model(small_model(), tmp_path / "m")
     before = (tmp_path / "m").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(f"anyarray_linear._files.{call}", fault, raising=False)
+        patch.setattr(f"anyarray_linear.files.atomic.{call}", fault, raising=False)
         with pytest.raises(expected) as caught:
             save_model(shared_model(), tmp_path / "m")
     if expected is not KeyboardInterrupt:
@@ -979,7 +980,7 @@ def test_names_in_a_folder_that_only_look_like_checkpoints_are_left_alone(tmp_pa
 MEASURE = """
 import resource, sys, time, warnings
 from pathlib import Path
-from anyarray_linear.checkpoint import CheckpointError, load_model
+from anyarray_linear.files.checkpoints import CheckpointError, load_model
 import safetensors.numpy, hashlib, json
 if "/proc" and Path("/proc/self/clear_refs").exists():
     Path("/proc/self/clear_refs").write_text("5")
@@ -1044,7 +1045,7 @@ def test_a_history_of_many_epochs_fits(tmp_path: Path) -> None:
 
 HOLD = """
 import sys, time
-from anyarray_linear._files import locked
+from anyarray_linear.files.atomic import locked
 with locked(sys.argv[1]):
     print("in", flush=True)
     time.sleep(60)
@@ -1097,7 +1098,7 @@ def test_a_second_thread_is_refused_and_the_same_one_is_not(tmp_path: Path) -> N
 
 def outsider(folder: Path) -> str:
     """What another process is told that wants to write into the folder; nothing if it gets in."""
-    code = "import sys\nfrom anyarray_linear._files import locked\nwith locked(sys.argv[1]): pass"
+    code = "import sys\nfrom anyarray_linear.files.atomic import locked\nwith locked(sys.argv[1]): pass"
     return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True).stderr
 
 
@@ -1132,7 +1133,7 @@ def test_a_lock_of_a_file_that_is_no_longer_there_is_none(tmp_path: Path, monkey
 
 FORKS = """
 import os, sys
-from anyarray_linear._files import locked
+from anyarray_linear.files.atomic import locked
 with locked(sys.argv[1]):
     child = os.fork()
     if child:
@@ -1172,8 +1173,8 @@ WRITER = """
 import sys
 import numpy as np
 from anyarray_linear import Adam, Linear, Sequential
-from anyarray_linear._files import locked
-from anyarray_linear.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from anyarray_linear.files.atomic import locked
+from anyarray_linear.files.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 folder, steps = sys.argv[1], int(sys.argv[2])
 model, optimizer, step = Sequential(Linear(40, 50, seed=0), Linear(50, 3, seed=1)), Adam(), 0
 with locked(folder):

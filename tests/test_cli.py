@@ -24,10 +24,10 @@ import pytest
 
 import anyarray_linear
 from anyarray_linear import cli, load_model
-from anyarray_linear.checkpoint import checkpoints, read_metadata
 from anyarray_linear.cli import _results, _run, predict, train
 from anyarray_linear.cli._common import StopSignals
 from anyarray_linear.datasets import load_digits, split
+from anyarray_linear.files.checkpoints import checkpoints, read_metadata
 from anyarray_linear.testing import usable_devices
 
 ROOT = Path(__file__).parents[1]
@@ -471,7 +471,7 @@ def test_a_config_that_cannot_be_written_leaves_the_one_that_was_there(
         def full(descriptor: int) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr("anyarray_linear._files.os.fsync", full)
+        patch.setattr("anyarray_linear.files.atomic.os.fsync", full)
         assert_refused(run("train", "--out", "out", "--resume", "--epochs", 2), "config.json", "No space left", "is unchanged")
     assert {path: path.read_bytes() for path in Path("out").iterdir() if path.is_file()} == before
     assert run("train", "--out", "out", "--resume", "--epochs", 2).code == 0

@@ -28,13 +28,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyarray_linear import SGD, Adam, Linear, Sequential, distributed, fit, load_checkpoint
-from anyarray_linear.checkpoint import checkpoints
+from anyarray_linear import SGD, Adam, Linear, Sequential, fit, load_checkpoint
 from anyarray_linear.cli._app import app
 from anyarray_linear.cli._results import show
-from anyarray_linear.distributed import Group, digest_of_rows
+from anyarray_linear.distributed import group as distributed
+from anyarray_linear.distributed.group import Group, digest_of_rows
+from anyarray_linear.files.checkpoints import checkpoints
 from anyarray_linear.initializers import layer_seed
-from anyarray_linear.training import _epoch_order
+from anyarray_linear.training.fitting import _epoch_order
 
 ROOT = Path(__file__).parents[1]
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))

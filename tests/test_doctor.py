@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anyarray_linear import DeviceUnavailableError, doctor, select_device
+from anyarray_linear import DeviceUnavailableError, select_device
+from anyarray_linear.arrays import doctor
 
 HAS_CUPY = importlib.util.find_spec("cupy") is not None
 
@@ -117,7 +118,7 @@ def refusal(spec: str = "cuda") -> DeviceUnavailableError:
 
 def elsewhere(code: str, *launcher: str, **environment: str) -> str:
     """What this code prints in a process of its own, in an environment with these variables."""
-    code = "from anyarray_linear import *\nfrom anyarray_linear import doctor\n" + textwrap.dedent(code)
+    code = "from anyarray_linear import *\nfrom anyarray_linear.arrays import doctor\n" + textwrap.dedent(code)
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("ANYARRAY_", "CUDA_"))}
     paths = [str(Path(doctor.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(

@@ -11,7 +11,7 @@ import pytest
 from test_cli import Outcome, assert_refused, run
 
 from anyarray_linear import Linear
-from anyarray_linear.worked_example import WorkedExample, candidates, gemms, projection, worked_example
+from anyarray_linear.cli.worked_example import WorkedExample, candidates, gemms, projection, worked_example
 
 __all__ = ["run"]  # the fixture
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anyarray_linear import SGD, Adam, Linear, NonFiniteError, Sequential, SoftmaxCrossEntropy, Tanh, checkpoint, fit
-from anyarray_linear.checkpoint import CheckpointError, load_checkpoint, load_model, read_metadata, save_checkpoint
+from anyarray_linear import SGD, Adam, Linear, NonFiniteError, Sequential, SoftmaxCrossEntropy, Tanh, fit
+from anyarray_linear.files import checkpoints as checkpoint
+from anyarray_linear.files.checkpoints import CheckpointError, load_checkpoint, load_model, read_metadata, save_checkpoint
 
 pytest.importorskip("safetensors")
 

@@ -121,22 +121,19 @@ def test_a_Python_number_made_of_an_array_would_be_found(call):
     assert numbers_made_of_arrays(f"def f(x):\n    return {call}") == [call]
 
 
-# from the bottom to the top; a module may import what is on a line above its own, anywhere in it
+# from the bottom to the top; a module may import what is on its own line or on one above it, anywhere in it
 ROOMS = """
-_arrays _files _progress doctor initializers schedules
-device lanes
-_pickling protocol
-distributed
-linear activations losses optimizers
-lanes.flat sequential
-lanes.numpy lanes.cupy
-checkpoint testing worked_example
+arrays
+datasets
+lanes
+linear activations losses optimizers schedules initializers protocol sequential testing
+lanes.flat lanes.numpy lanes.cupy
+files distributed
 training
-datasets interop
+interop
 cli
 """
-# of these each is inside a function and run when the lower one is long there
-UPWARDS = {("lanes.cupy", "training")}  # the portable definition of the guard that the lane replaces
+UPWARDS = {("lanes.cupy", "training")}
 
 
 def room(parts):
@@ -165,5 +162,5 @@ def test_imports_point_downwards_only():
                 if not base and not node.module and there not in rank:  # `from .. import Linear`: the public names
                     there = "training"
                 seen.add((here, there))
-                assert rank[there] < rank[here], f"{'.'.join(parts)} imports {'.'.join(target)}"
-    assert {("training", "checkpoint"), ("lanes.numpy", "optimizers"), ("testing", "linear")} <= seen  # also in functions
+                assert rank[there] <= rank[here], f"{'.'.join(parts)} imports {'.'.join(target)}"
+    assert {("training", "files"), ("lanes.numpy", "optimizers"), ("testing", "linear")} <= seen  # also in functions

@@ -24,7 +24,7 @@ from anyarray_linear import (
     save_checkpoint,
     save_model,
 )
-from anyarray_linear.checkpoint import CheckpointError
+from anyarray_linear.files.checkpoints import CheckpointError
 from anyarray_linear.testing import linear_error_bounds, linear_reference
 
 onnx = pytest.importorskip("onnx")

@@ -30,7 +30,7 @@ from anyarray_linear import (
     linear_forward,
 )
 from anyarray_linear.schedules import cosine
-from anyarray_linear.training import _Guard
+from anyarray_linear.training.fitting import _Guard
 
 on_cuda = pytest.mark.parametrize("backend", ["cupy:0", "cupy:1"], indirect=True)
 dtypes = pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

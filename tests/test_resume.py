@@ -33,7 +33,7 @@ from anyarray_linear import (
     load_model,
     save_checkpoint,
 )
-from anyarray_linear.checkpoint import checkpoints
+from anyarray_linear.files.checkpoints import checkpoints
 from anyarray_linear.schedules import cosine, step_decay
 
 OPTIMIZERS = {

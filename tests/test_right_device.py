@@ -38,7 +38,7 @@ from anyarray_linear import (
     predict,
     select_device,
 )
-from anyarray_linear._arrays import computing_on, namespace
+from anyarray_linear.arrays.place import computing_on, namespace
 from anyarray_linear.lanes import lane
 from anyarray_linear.linear import _forward
 

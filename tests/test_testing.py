@@ -308,7 +308,7 @@ def test_compare_allows_what_tf32_rounds_away_where_it_is_on_and_only_there(tf32
     code = """
 import numpy as np
 from spoiled import Spoiled
-from anyarray_linear import doctor
+from anyarray_linear.arrays import doctor
 from anyarray_linear.testing import adjoint_check, compare, linear_error_bounds
 rng = np.random.default_rng(0)
 X, W, dZ = (rng.standard_normal(shape).astype(np.float32) for shape in ((6, 512), (7, 512), (6, 7)))

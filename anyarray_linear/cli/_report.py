@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from .._arrays import Array
+from ..arrays.place import Array
 from ..protocol import join, leaves
-from ..training import predict
+from ..training.fitting import predict
 from ._charts import Series, lines, scatter, thinned
 from ._run import Run
 

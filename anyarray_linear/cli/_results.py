@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .._files import atomic_write
-from ..checkpoint import save_model
+from ..files.atomic import atomic_write
+from ..files.checkpoints import save_model
 
 FILES = ("config.json", "model.safetensors", "history.jsonl", "curves.png", "report.html", "summary.json")
 

@@ -12,9 +12,9 @@ import numpy as np
 import typer
 
 from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh
+from ..arrays.device import Device
 from ..datasets import load_data, load_digits, split
-from ..device import Device
-from ..distributed import Group
+from ..distributed.group import Group
 from ..linear import Linear
 from ..losses import MeanSquaredError, SoftmaxCrossEntropy
 from ..optimizers import SGD, Adam, AdamW

@@ -33,9 +33,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .. import doctor
-from .._files import atomic_write
-from ..device import Device, select_device
+from ..arrays import doctor
+from ..arrays.device import Device, select_device
+from ..files.atomic import atomic_write
 from ._bench_worker import BURSTS, COUNTED, DIGITS, cores
 from ._common import StopSignals
 from ._results import write_json

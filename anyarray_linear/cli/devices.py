@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import doctor
-from ..device import Device, DeviceUnavailableError, select_device
+from ..arrays import doctor
+from ..arrays.device import Device, DeviceUnavailableError, select_device
 
 
 def devices(

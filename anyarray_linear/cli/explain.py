@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from .._files import atomic_write
+from ..files.atomic import atomic_write
 from ..linear import Linear
 from ..testing import gradcheck
-from ..worked_example import Gemm, Projection, WorkedExample, candidates, gemms, projection, worked_example
 from ._run import bad
+from .worked_example import Gemm, Projection, WorkedExample, candidates, gemms, projection, worked_example
 
 Host = np.ndarray[Any, Any]
 

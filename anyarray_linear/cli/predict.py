@@ -11,13 +11,13 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from .._files import atomic_write
-from ..checkpoint import CheckpointError, load_model, read_metadata
+from ..arrays.device import select_device
 from ..datasets import load_features
-from ..device import select_device
+from ..files.atomic import atomic_write
+from ..files.checkpoints import CheckpointError, load_model, read_metadata
 from ..linear import Linear
 from ..protocol import leaves
-from ..training import predict as outputs_of
+from ..training.fitting import predict as outputs_of
 
 Host = np.ndarray[Any, Any]
 

@@ -17,11 +17,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
-from .. import __version__, distributed
-from .._files import locked, sweep
-from ..checkpoint import checkpoints
+from .. import __version__
+from ..distributed import group as distributed
+from ..files.atomic import locked, sweep
+from ..files.checkpoints import checkpoints
 from ..losses import MeanSquaredError
-from ..training import History, evaluate, fit
+from ..training.fitting import History, evaluate, fit
 from ._common import BAD_INPUT, StopSignals, one_line
 from ._report import Norms, report
 from ._results import FILES, show, write_json, write_results

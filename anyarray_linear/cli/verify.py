@@ -16,8 +16,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .. import doctor
-from ..device import Device, select_device
+from ..arrays import doctor
+from ..arrays.device import Device, select_device
 from ..linear import Linear
 from ..testing import adjoint_check, compare, gradcheck, usable_devices
 

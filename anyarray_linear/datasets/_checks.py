@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .._arrays import Array
+from ..arrays.place import Array
 
 Task = Literal["classification", "regression"]
 

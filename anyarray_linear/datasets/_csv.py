@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import numpy as np
 
-from .._arrays import Array
+from ..arrays.place import Array
 from ._checks import refusal, shown
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import Array
+from ..arrays.place import Array
 from ._checks import DataError, listed, refusal
 
 HEADER_BYTES = 16_384

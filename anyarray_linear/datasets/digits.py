@@ -14,7 +14,7 @@ from importlib.resources import files
 
 import numpy as np
 
-from .._arrays import Array
+from ..arrays.place import Array
 
 
 def load_digits() -> tuple[Array, Array]:

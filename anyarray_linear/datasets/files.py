@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .._arrays import Array
+from ..arrays.place import Array
 from ._checks import Data, Task, as_classes, as_features, as_target, check_file, listed, refusal, shown
 from ._csv import Layout, Table, is_number, read_csv
 from ._npz import read_npz

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .._arrays import Array
+from ..arrays.place import Array
 from ._checks import DataError
 
 

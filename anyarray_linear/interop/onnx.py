@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from .._files import atomic_write
 from ..activations import GELU
-from ..checkpoint import CheckpointError, _architecture, _json, _read, _shown, _told, _weights
+from ..files.atomic import atomic_write
+from ..files.checkpoints import CheckpointError, _architecture, _json, _read, _shown, _told, _weights
 from ..protocol import join
 
 Host = np.ndarray[Any, Any]

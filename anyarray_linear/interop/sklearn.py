@@ -38,14 +38,14 @@ from sklearn.utils import check_random_state, check_scalar
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .._arrays import Array, computing_on, describe, dtype_name, is_array
 from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh
-from ..device import Device, select_device
+from ..arrays.device import Device, select_device
+from ..arrays.place import Array, computing_on, describe, dtype_name, is_array
 from ..linear import Linear
 from ..losses import MeanSquaredError, SoftmaxCrossEntropy
 from ..optimizers import SGD, Adam, AdamW
 from ..sequential import Sequential
-from ..training import fit, predict
+from ..training.fitting import fit, predict
 
 __all__ = ["LinearNetClassifier", "LinearNetRegressor"]
 

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
 
-from .._arrays import Namespace
+from ..arrays.place import Namespace
 
 _MODULES = {"array_api_compat.numpy": "numpy", "array_api_compat.cupy": "cupy"}
 _found: dict[tuple[Callable[..., Any], Namespace], Callable[..., Any]] = {}

@@ -17,8 +17,8 @@ from typing import Any
 import cupy
 import numpy as np
 
-from .._arrays import Array, Namespace
 from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh, _activation, _activation_gradient
+from ..arrays.place import Array, Namespace
 from ..losses import _reciprocal
 from ..optimizers import SGD, Adam, AdamW, Places, _apply
 from .flat import flat_of
@@ -506,7 +506,7 @@ def judged(xp: Namespace, guard: Any, step: int, value: Array, gradients: Iterab
     """Whether this step may be applied: one kernel looks at the loss and all gradients, one keeps the books."""
     arrays = [value, *gradients]
     if value.dtype.char not in _TYPES or any(x.dtype != value.dtype or x.device != value.device for x in arrays):
-        from ..training import _judged
+        from ..training.fitting import _judged
 
         return _judged(xp, guard, step, value, arrays[1:], rows)
     arrays = [_contiguous(x) for x in arrays]

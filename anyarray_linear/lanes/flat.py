@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .._arrays import Array, Namespace
+from ..arrays.place import Array, Namespace
 from ..optimizers import Places
 
 

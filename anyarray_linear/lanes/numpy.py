@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import Array, Namespace
 from ..activations import ReLU, _activation_gradient
+from ..arrays.place import Array, Namespace
 from ..losses import _cross_entropy, _cross_entropy_gradient, _reciprocal
 from ..optimizers import SGD, Adam, AdamW, Places, _apply, clipped
 from .flat import Flat, flat_of

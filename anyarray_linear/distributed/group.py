@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from . import doctor
-from ._arrays import Array, computing_on, dtype_name
-from .device import Device, select_device
-from .protocol import join, leaves, parameters
+from ..arrays import doctor
+from ..arrays.device import Device, select_device
+from ..arrays.place import Array, computing_on, dtype_name
+from ..protocol import join, leaves, parameters
 
 _DIGESTED = 1 << 24  # numbers of the data at most that ranks compare
 _GRACE = 5.0  # seconds in which the others must say so too

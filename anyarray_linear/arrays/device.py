@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from . import doctor
-from ._arrays import (
+from .place import (
     FLOAT_DTYPES,
     Array,
     Namespace,

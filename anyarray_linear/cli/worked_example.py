@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .linear import Linear
+from ..linear import Linear
 
 Host = np.ndarray[Any, Any]
 Shape = tuple[int, int]

@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import Array, describe, dtype_name
-from ._files import atomic_write
-from .activations import GELU, ReLU, Sigmoid, SiLU, Tanh
-from .device import Device, explained_memory, select_device
-from .linear import Linear
-from .protocol import join, leaves, parameters
-from .sequential import Sequential
+from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh
+from ..arrays.device import Device, explained_memory, select_device
+from ..arrays.place import Array, describe, dtype_name
+from ..linear import Linear
+from ..protocol import join, leaves, parameters
+from ..sequential import Sequential
+from .atomic import atomic_write
 
 Host = np.ndarray[Any, Any]
 
@@ -453,7 +453,7 @@ class _File(NamedTuple):
 
 def _sealed(path: str | os.PathLike[str], tensors: Mapping[str, Host], info: Mapping[str, Any]) -> bytes:
     """A file's bytes, with version and checksum; equal content gives equal bytes."""
-    from . import __version__
+    from .. import __version__
 
     content = {"format": FORMAT, "written_by": f"{_KEY} {__version__}", **info}
     content["sha256"] = _digest(content, tensors)

@@ -27,13 +27,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ._arrays import Array, check_array, computing_on, dtype_name, namespace, reading_is_free
-from ._progress import Progress
-from .device import Device, explained_memory
-from .distributed import Group, adopt, digest, digest_of_rows, settings, snapshot
-from .initializers import layer_seed
-from .lanes import lane
-from .protocol import parameters
+from ..arrays.device import Device, explained_memory
+from ..arrays.place import Array, check_array, computing_on, dtype_name, namespace, reading_is_free
+from ..distributed.group import Group, adopt, digest, digest_of_rows, settings, snapshot
+from ..initializers import layer_seed
+from ..lanes import lane
+from ..protocol import parameters
+from .progress import Progress
 
 Row = dict[str, Any]
 Callback = Callable[[Any, Row], bool | None]
@@ -270,7 +270,7 @@ def _as_json(entropy: Any) -> Any:
 
 def _stored_seed(folder: str | os.PathLike[str], model: Any) -> Any:
     """The seed of the training whose checkpoints are in the folder; `None` where none of them says it."""
-    from .checkpoint import _read, _size, checkpoints
+    from ..files.checkpoints import _read, _size, checkpoints
 
     for path in checkpoints(folder):
         with suppress(OSError, ValueError, KeyError, TypeError):  # told when it is loaded
@@ -821,8 +821,8 @@ class _Saver:
 
     def begin(self, resume: bool) -> None:
         """Lock the folder, and load its newest good checkpoint if asked to."""
-        from . import checkpoint as files
-        from ._files import locked
+        from ..files import checkpoints as files
+        from ..files.atomic import locked
 
         assert self.folder is not None
         self._lock = locked(self.folder)
@@ -859,7 +859,7 @@ class _Saver:
         """Write a checkpoint, the best one apart too, unless a step that must not be kept was among the last ones."""
         if self.folder is None:
             return
-        from .checkpoint import save_checkpoint
+        from ..files.checkpoints import save_checkpoint
 
         run = self.run
         if not run.guard.read()[-1] and not run.overflowed():
