@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self
 
-from .arrays.place import Array, Namespace, check_alike, check_float, check_shape, computing_on, describe
+from .arrays.checks import check_alike, check_float, check_shape, describe
+from .arrays.place import Array, Namespace, computing_on
 from .lanes import lane
 
 

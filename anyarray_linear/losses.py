@@ -12,21 +12,8 @@ from typing import Any
 
 from array_api_compat import is_torch_array
 
-from .arrays.place import (
-    Array,
-    Namespace,
-    check_alike,
-    check_array,
-    check_float,
-    check_place,
-    check_shape,
-    computing_on,
-    device_of,
-    dtype_name,
-    namespace,
-    reading_is_free,
-    surely_ids,
-)
+from .arrays.checks import check_alike, check_array, check_float, check_place, check_shape, surely_ids
+from .arrays.place import Array, Namespace, computing_on, device_of, dtype_name, namespace, reading_is_free
 from .lanes import lane
 
 

@@ -11,20 +11,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .arrays.checks import check_alike, check_array, check_place, check_shape, describe, surely_alike
 from .arrays.device import Device
 from .arrays.pickling import pin, unpin
-from .arrays.place import (
-    Array,
-    Namespace,
-    check_alike,
-    check_array,
-    check_place,
-    check_shape,
-    computing_on,
-    describe,
-    dtype_name,
-    surely_alike,
-)
+from .arrays.place import Array, Namespace, computing_on, dtype_name
 from .lanes import lane
 from .protocol import join, leaves, stored_gradients
 from .schedules import _real

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from .arrays.place import Array, check_alike, check_shape, computing_on
+from .arrays.checks import check_alike, check_shape
+from .arrays.place import Array, computing_on
 
 
 @runtime_checkable

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
-from .arrays.place import Array, check_alike, computing_on
+from .arrays.checks import check_alike
+from .arrays.place import Array, computing_on
 from .linear import Linear
 from .protocol import Layer, join, leaves, parameters, store_gradients
 

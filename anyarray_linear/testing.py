@@ -47,8 +47,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .arrays import doctor
+from .arrays.checks import check_array, check_shape, describe
 from .arrays.device import Device, DeviceUnavailableError, select_device
-from .arrays.place import Array, check_array, check_shape, computing_on, describe, dtype_name, is_array
+from .arrays.place import Array, computing_on, dtype_name, is_array
 from .linear import Linear
 from .protocol import leaves, parameters
 

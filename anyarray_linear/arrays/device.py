@@ -24,18 +24,8 @@ from typing import Any
 import numpy as np
 
 from . import doctor
-from .place import (
-    FLOAT_DTYPES,
-    Array,
-    Namespace,
-    check_array,
-    describe,
-    device_of,
-    dtype_name,
-    is_array,
-    namespace,
-    peculiar,
-)
+from .checks import check_array, describe
+from .place import FLOAT_DTYPES, Array, Namespace, device_of, dtype_name, is_array, namespace, peculiar
 
 _NAMESPACES = {
     "cpu": "array_api_compat.numpy",

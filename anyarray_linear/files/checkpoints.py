@@ -29,8 +29,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh
+from ..arrays.checks import describe
 from ..arrays.device import Device, explained_memory, select_device
-from ..arrays.place import Array, describe, dtype_name
+from ..arrays.place import Array, dtype_name
 from ..linear import Linear
 from ..protocol import join, leaves, parameters
 from ..sequential import Sequential

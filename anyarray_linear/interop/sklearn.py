@@ -39,8 +39,9 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh
+from ..arrays.checks import describe
 from ..arrays.device import Device, select_device
-from ..arrays.place import Array, computing_on, describe, dtype_name, is_array
+from ..arrays.place import Array, computing_on, dtype_name, is_array
 from ..linear import Linear
 from ..losses import MeanSquaredError, SoftmaxCrossEntropy
 from ..optimizers import SGD, Adam, AdamW

@@ -27,8 +27,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..arrays.checks import check_array
 from ..arrays.device import Device, explained_memory
-from ..arrays.place import Array, check_array, computing_on, dtype_name, namespace, reading_is_free
+from ..arrays.place import Array, computing_on, dtype_name, namespace, reading_is_free
 from ..distributed.group import Group, adopt, digest, digest_of_rows, settings, snapshot
 from ..initializers import layer_seed
 from ..lanes import lane
