@@ -46,7 +46,7 @@ from ..linear import Linear
 from ..losses import MeanSquaredError, SoftmaxCrossEntropy
 from ..optimizers import SGD, Adam, AdamW
 from ..sequential import Sequential
-from ..training.fitting import fit, predict
+from ..training import fit, predict
 
 __all__ = ["LinearNetClassifier", "LinearNetRegressor"]
 
