@@ -30,8 +30,10 @@ import numpy as np
 
 from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from ..arrays.checks import describe
-from ..arrays.device import Device, explained_memory, select_device
+from ..arrays.device import Device
+from ..arrays.memory import explained_memory
 from ..arrays.place import Array, dtype_name
+from ..arrays.selection import select_device
 from ..linear import Linear
 from ..protocol import join, leaves, parameters
 from ..sequential import Sequential

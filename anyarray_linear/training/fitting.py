@@ -28,9 +28,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..arrays.checks import check_array
-from ..arrays.device import Device, explained_memory
+from ..arrays.device import Device
+from ..arrays.memory import explained_memory
 from ..arrays.place import Array, computing_on, dtype_name, namespace, reading_is_free
-from ..distributed.group import Group, adopt, digest, digest_of_rows, settings, snapshot
+from ..distributed.agreement import adopt, digest, digest_of_rows, settings, snapshot
+from ..distributed.group import Group
 from ..initializers import layer_seed
 from ..lanes import lane
 from ..protocol import parameters
