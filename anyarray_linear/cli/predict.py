@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..arrays.device import select_device
+from ..arrays.selection import select_device
 from ..datasets import load_features
 from ..files.atomic import atomic_write
 from ..files.models import load_model, read_metadata

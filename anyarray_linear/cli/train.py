@@ -17,8 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
-from .. import __version__
-from ..distributed import group as distributed
+from .. import __version__, distributed
 from ..files.atomic import sweep
 from ..files.checkpoints import checkpoints
 from ..files.locks import locked

@@ -10,7 +10,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..arrays.device import explained_memory, select_device
+from ..arrays.memory import explained_memory
+from ..arrays.selection import select_device
 from .architecture import architecture_of, built, described_size
 from .atomic import atomic_write
 from .sealed import CheckpointError, as_json, read, seal, told

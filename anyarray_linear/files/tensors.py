@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.device import Device, explained_memory
+from ..arrays.device import Device
+from ..arrays.memory import explained_memory
 from ..arrays.place import Array, dtype_name
 from ..linear import Linear
 from ..protocol import join, leaves, parameters

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.device import Device, explained_memory
+from ..arrays.device import Device
+from ..arrays.memory import explained_memory
 from ..arrays.place import Array, computing_on, dtype_name, namespace
 from ..distributed.group import Group
 from ..protocol import parameters

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..arrays.place import Array, computing_on, dtype_name
-from ..distributed.group import Group, adopt, digest, digest_of_rows, settings, snapshot
+from ..distributed.agreement import adopt, digest, digest_of_rows, settings, snapshot
+from ..distributed.group import Group
 from ..guard import Guard
 from ..protocol import parameters
 from .data import Data, epoch_order, is_float

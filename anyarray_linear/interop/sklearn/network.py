@@ -18,8 +18,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ...activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from ...arrays.checks import describe
-from ...arrays.device import Device, select_device
+from ...arrays.device import Device
 from ...arrays.place import Array, dtype_name, is_array
+from ...arrays.selection import select_device
 from ...linear import Linear
 from ...optimizers import SGD, Adam, AdamW
 from ...sequential import Sequential
