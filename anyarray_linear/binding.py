@@ -7,6 +7,7 @@ identity and copied in.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ class Binding:
             raise ValueError(f"the model's parameters were {were} and now are {are}; make a new optimizer")
         for name, was in zip(self.slots, self.parameters, strict=True):
             W = every[name]
-            if W.shape != was.shape or place_of(W) is not place_of(was):
+            if self.moment_names and (W.shape != was.shape or place_of(W) is not self.place):
                 before, now = (f"{describe(x)}, {place_of(x).dtype_name} of shape {tuple(x.shape)}" for x in (was, W))
                 raise ValueError(f"{name} was {before}, and now is {now}; make a new optimizer")
         new.moments = {name: dict(moments) for name, moments in self.moments.items()}
@@ -92,7 +93,7 @@ class Binding:
 
     def now(self) -> list[Array]:
         """The parameters, as the layers have them."""
-        return [getattr(layer, p) for layer, p in self.slots.values()]
+        return [W for _, layer in self.leaves for W in layer.parameters().values()]
 
     def remember(self) -> None:
         """What the layers have now is what an update left."""
@@ -102,7 +103,8 @@ class Binding:
         """Whether nothing was assigned since the last step: no parameter, no layer frozen or thawed, no other moments."""
         if trained(self.model) != self.leaves or moment_names != self.moment_names:
             return False
-        return all(W is left for W, left in zip(self.now(), self.parameters, strict=True))
+        now = self.now()
+        return len(now) == len(self.parameters) and all(map(operator.is_, now, self.parameters))
 
     def check(self, gradients: Mapping[str, Array | None]) -> None:
         """Raise unless there is a gradient for each parameter, of its shape and place, and for nothing else."""

@@ -44,10 +44,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 from .arrays.checks import check_alike, check_array, check_float, check_shape, describe
-from .arrays.device import Device, explained_memory, select_device
+from .arrays.device import Device
+from .arrays.memory import explained_memory
 from .arrays.numbers import whole
 from .arrays.pickling import pin, unpin
 from .arrays.place import Array, Namespace, computing_on, device_of, place_of
+from .arrays.selection import select_device
 from .initializers import draw_parameters
 from .protocol import store_gradients
 

@@ -14,12 +14,12 @@ from .arrays.checks import check_array, check_place
 from .arrays.numbers import real
 from .arrays.pickling import pin, unpin
 from .arrays.place import Array, Namespace, computing_on, dtype_name, place_of
-from .binding import Binding, Moments, Slots
+from .binding import Binding, Moments
 from .protocol import stored_gradients
 
 
 class _Real:
-    """A hyper-parameter that is a real number in `[low, below)`: checked, and made a Python float, whenever it is assigned."""
+    """A hyper-parameter that is a real number in `[low, below)`: checked, and made a Python float, when assigned."""
 
     def __init__(self, below: float = math.inf) -> None:
         self.below = below
@@ -93,8 +93,7 @@ class Optimizer:
         """What `update` takes at step `t`, counted from 1, with the learning rate `lr`: a tuple of Python numbers."""
         raise NotImplementedError
 
-    @staticmethod
-    def update(xp: Namespace, W: Array, dW: Array, moments: Moments, by: Any) -> tuple[Array, Moments]:
+    def update(self, xp: Namespace, W: Array, dW: Array, moments: Moments, by: Any) -> tuple[Array, Moments]:
         """The new parameter and moments, with `by` of `scalars`; writes to none of its arguments."""
         raise NotImplementedError
 
@@ -117,7 +116,7 @@ class Optimizer:
         gradients = stored_gradients(model) if grads is None else grads
         by = self.scalars(self.learning_rate(), self.steps + 1)
         bound = self.bind(model, gradients)
-        if where is not None and (where.shape != () or place_of(where) is not bound.switch_place):
+        if where is not None and (place_of(where) is not bound.switch_place or where.shape != ()):
             check_array("where", where)
             check_place("the model", bound.parameters[0], "where", where)
             if where.shape != () or dtype_name(where.dtype) != "bool":
@@ -316,8 +315,7 @@ class SGD(Optimizer):
         """Nothing changes from step to step but the rate."""
         return SGDScalars(lr, self.momentum, self.nesterov, self.weight_decay)
 
-    @staticmethod
-    def update(xp: Namespace, W: Array, dW: Array, moments: Moments, by: SGDScalars) -> tuple[Array, Moments]:
+    def update(self, xp: Namespace, W: Array, dW: Array, moments: Moments, by: SGDScalars) -> tuple[Array, Moments]:
         """The rule."""
         if by.decay:
             dW = dW + by.decay * W
@@ -388,8 +386,7 @@ class Adam(Optimizer):
         decay, shrink = (0.0, 1 - lr * self.weight_decay) if self.decoupled else (self.weight_decay, 1.0)
         return AdamScalars(lr * root / (1 - beta1**t), beta1, 1 - beta1, beta2, 1 - beta2, self.eps * root, decay, shrink)
 
-    @staticmethod
-    def update(xp: Namespace, W: Array, dW: Array, moments: Moments, by: AdamScalars) -> tuple[Array, Moments]:
+    def update(self, xp: Namespace, W: Array, dW: Array, moments: Moments, by: AdamScalars) -> tuple[Array, Moments]:
         """The rule."""
         if by.shrink != 1:
             W = W * by.shrink

@@ -1,14 +1,13 @@
 """The checks at the door, and their words: every error about an array that does not belong is worded here.
 
-Whether arrays fit is a look at their places (`place`); these functions are for the case that they do not, and for doors where
-the time of a call does not count. Each names the argument, what it was, what was expected, and the line that mends it.
+Whether arrays fit is a look at their places (`place`); these functions are for the case that they do not, and for doors
+where the time of a call does not count. Each names the argument, what it was, what was expected, and the line that mends
+it.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from .place import FLOAT_DTYPES, NOWHERE, Array, dtype_name, peculiar, place_of
+from .place import FLOAT_DTYPES, NOWHERE, Array, peculiar, place_of
 
 
 def describe(x: object) -> str:

@@ -37,7 +37,7 @@ def real(name: str, value: Any, low: float = 0.0, below: float = math.inf) -> fl
 
 
 def whole(name: str, value: Any, low: int = 1) -> int:
-    """`value` as a Python int of at least `low`; raises `TypeError` for what is no integer, `ValueError` for a smaller one."""
+    """`value` as a Python int of at least `low`; `TypeError` for what is no integer, `ValueError` for a smaller one."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, is_cupy_array, is_jax_array, is_torch_array
+from array_api_compat import array_namespace, is_cupy_array, is_jax_array
 from array_api_compat import device as _device
 
 from . import operations
@@ -39,8 +39,8 @@ class Place:
     xp: the Array API namespace. library: `"numpy"`, `"cupy"`, `"torch"`, `"jax"`, `"array_api_strict"`, or what else it is
     called; empty for what is no array. device: as the namespace states it; `None` where it cannot be read, as under
     `jax.jit`. dtype, dtype_name: the dtype, and its name without the namespace's: `"float32"`.
-    computes: whether layers compute in this dtype here. integral: whether it is one of integers. reads_freely: whether looking at a value costs no wait for a
-    device: NumPy, and torch on a CPU.
+    computes: whether layers compute in this dtype here. integral: whether it is one of integers. reads_freely: whether
+    looking at a value costs no wait for a device: NumPy, and torch on a CPU.
     """
 
     __slots__ = ("computes", "device", "dtype", "dtype_name", "faster", "integral", "library", "reads_freely", "xp")
@@ -153,16 +153,15 @@ def _first_look(x: Any) -> Place:
     xp = array_namespace(x)
     library = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
     place = Place
-    key: Callable[[Any], Any] = lambda x: (x.dtype, _device(x))
-    if isinstance(x, (np.ndarray, np.generic)):
-        key = lambda x: x.dtype
+    key = _dtype_and_asked_device
+    if library == "numpy":
+        key = _dtype
     elif is_cupy_array(x):
-        place = _CudaPlace
-        key = lambda x: (x.dtype, x.data.device_id)
+        place, key = _CudaPlace, _dtype_and_card
     elif is_jax_array(x) and hasattr(x, "sharding") and hasattr(x, "device"):
-        key = lambda x: (x.dtype, x.sharding)  # a fifth of the time of asking for the device
+        key = _dtype_and_sharding
     elif hasattr(x, "device"):
-        key = lambda x: (x.dtype, x.device)
+        key = _dtype_and_device
 
     known: dict[Any, Place] = {}
 
@@ -176,6 +175,26 @@ def _first_look(x: Any) -> Place:
 
     _looks[type(x)] = look
     return look(x)
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype
+
+
+def _dtype_and_card(x: Any) -> Any:
+    return x.dtype, x.data.device_id
+
+
+def _dtype_and_sharding(x: Any) -> Any:
+    return x.dtype, x.sharding  # a fifth of the time of asking for the device
+
+
+def _dtype_and_device(x: Any) -> Any:
+    return x.dtype, x.device
+
+
+def _dtype_and_asked_device(x: Any) -> Any:
+    return x.dtype, _device(x)  # None for what `jax.jit` traces
 
 
 def _is_array(x: object) -> bool:

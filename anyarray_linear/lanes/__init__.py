@@ -1,8 +1,8 @@
 """Fast lanes: modules with faster equals of single operations that are defined portably elsewhere.
 
-The mathematics is defined once, in Array API code. Where a backend has a better way to get the same result (fewer passes over
-memory, fewer kernels), a module here states it in a table, `OPERATIONS = {portable function: faster equal}`. An equal takes
-what the portable function takes, and calls that one for arrays that it is not made for. Tests prove each equal to its portable
+The mathematics is defined once, in Array API code. Where a backend has a better way to get the same result (fewer passes
+over memory, fewer kernels), a module here states it in a table, `OPERATIONS = {portable: faster}`. An equal takes what the
+portable function takes, and calls that one for arrays that it is not made for. Tests prove each equal to its portable
 definition, with lanes off: `ANYARRAY_LANES=0` in the environment, or `with lanes.off():`.
 """
 

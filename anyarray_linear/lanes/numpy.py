@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from ..activations import ReLU, _activation_gradient
 from ..activations import ReLU, activation_gradient
 from ..arrays.place import Array, Namespace
 from ..binding import Binding, Flat, flat_of
