@@ -29,8 +29,8 @@ from anyarray_linear import (
     linear_backward,
     linear_forward,
 )
+from anyarray_linear.guard import Guard
 from anyarray_linear.schedules import cosine
-from anyarray_linear.training.fitting import _Guard
 
 on_cuda = pytest.mark.parametrize("backend", ["cupy:0", "cupy:1"], indirect=True)
 dtypes = pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -432,7 +432,7 @@ def test_float16_is_updated_in_float32_and_rounded_once(backend, name):
         for key in W:
             arrays = W[key], backend.to_numpy(gradients[key]), *moments[key].values()
             w, g, *state = (x.astype(np.float32) for x in arrays)
-            new_w, new = by_hand._update(np, w, g, dict(zip(by_hand.moment_names, state, strict=True)), by_hand.learning_rate(step), by_hand.steps)
+            new_w, new = by_hand.update(np, w, g, dict(zip(by_hand.moment_names, state, strict=True)), by_hand.scalars(by_hand.learning_rate(step), by_hand.steps))
             W[key], moments[key] = new_w.astype(np.float16), {m: x.astype(np.float16) for m, x in new.items()}
     for key, p in model.parameters().items():
         assert p.dtype == np.float16
@@ -504,7 +504,7 @@ def test_lanes_may_be_switched_on_and_off_between_steps(backend):
             mixed.step(model, gradients)
     for name, p in model.parameters().items():
         same(backend, p, other.parameters()[name])
-        same(backend, mixed._moments[name]["V"], portable._moments[name]["V"])
+        same(backend, mixed.moments()[name]["V"], portable.moments()[name]["V"])
 
 
 @on_cuda
@@ -591,8 +591,8 @@ def test_a_rule_of_the_users_own_keeps_its_own_formula():
     cupy = pytest.importorskip("cupy")
 
     class Signs(SGD):
-        def _update(self, xp, W, dW, moments, lr, t):
-            return W - lr * xp.sign(dW), {}
+        def update(self, xp, W, dW, moments, by):
+            return W - by.lr * xp.sign(dW), {}
 
     layer = Linear.from_arrays(cupy.ones((1, 1)))
     Signs(0.25).step(layer, {"W": cupy.full((1, 1), 7.0)})
@@ -607,7 +607,7 @@ def test_a_rule_of_the_users_own_keeps_its_own_formula():
 @pytest.mark.parametrize("allowed", [0, 1, 2])
 def test_the_guard_keeps_the_books_of_the_portable_definition(backend, dtype, allowed):
     def judged():
-        guard, answers = _Guard(backend.device, np.dtype(dtype), allowed), []
+        guard, answers = Guard(backend.device, np.dtype(dtype), allowed), []
         for step in range(1, 9):
             value, gradients = np.asarray(step, dtype), [random(4, 3, dtype=dtype), random(600, 700, dtype=dtype)]
             if step == 2:

@@ -108,8 +108,8 @@ class CutInHalf(AdamW):
 
     _cut = 0
 
-    def _update(self, xp, W, *more):
-        new = super()._update(xp, W, *more)
+    def update(self, xp, W, *more):
+        new = super().update(xp, W, *more)
         if self.steps == self._cut:
             W[...] = new[0]  # as a lane does that updates in place
             signal.raise_signal(signal.SIGINT)

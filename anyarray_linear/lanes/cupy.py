@@ -9,7 +9,6 @@ the arrays. They hold no memory between calls, so any number of threads and stre
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,11 +16,13 @@ from typing import Any
 import cupy
 import numpy as np
 
-from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh, _activation, _activation_gradient
+from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh, activation, activation_gradient
 from ..arrays.place import Array, Namespace
-from ..losses import _reciprocal
-from ..optimizers import SGD, Adam, AdamW, Places, _apply
-from .flat import flat_of
+from ..binding import Binding, flat_of
+from ..guard import judged
+from ..linear import affine_gradients
+from ..losses import cross_entropy, cross_entropy_gradient, reciprocal, squared_error
+from ..optimizers import SGD, Adam, AdamW, apply_update
 
 THREADS = 256
 """Threads per block of the kernels below."""
@@ -97,7 +98,7 @@ def ones_row(count: int, dtype: Any) -> Array:
     return row[:, :count]
 
 
-def backward(
+def _affine_gradients(
     xp: Namespace, dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool
 ) -> tuple[Array | None, Array, Array | None]:
     """`dX = dZ W`, `dW = dZ^T X` and `db = 1^T dZ`."""
@@ -151,16 +152,16 @@ _BACKWARD = {
 }  # fmt: skip
 
 
-def activation(xp: Namespace, layer: Any, X: Array) -> Array:
+def _activation(xp: Namespace, layer: Any, X: Array) -> Array:
     """`Z = f(X)`."""
     kernel = _FORWARD.get(type(layer))
-    return _activation(xp, layer, X) if kernel is None else kernel(X)
+    return activation(xp, layer, X) if kernel is None else kernel(X)
 
 
-def activation_gradient(xp: Namespace, layer: Any, dZ: Array, kept: Array) -> Array:
+def _activation_gradient(xp: Namespace, layer: Any, dZ: Array, kept: Array) -> Array:
     """`dX = dZ f'(X)`."""
     kernel = _BACKWARD.get(type(layer))
-    return _activation_gradient(xp, layer, dZ, kept) if kernel is None else kernel(dZ, kept)
+    return activation_gradient(xp, layer, dZ, kept) if kernel is None else kernel(dZ, kept)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -300,8 +301,9 @@ def _row_layout(Z: Array) -> tuple[int, int, int]:
     return Z.size // classes, classes, min(32, 1 << (-(-classes // 4) - 1).bit_length())
 
 
-def cross_entropy(xp: Namespace, Z: Array, target: Array, ids: bool) -> tuple[Array, dict[str, Array]]:
-    """The loss, and the cache `{"P": softmax, "T": target}`."""
+def _cross_entropy(xp: Namespace, Z: Array, target: Array) -> tuple[Array, Array]:
+    """The loss, and the softmax."""
+    ids = target.ndim < Z.ndim
     if not ids:
         target = target.astype(Z.dtype, copy=False)
     Z, target = _contiguous(Z), _contiguous(target)
@@ -310,28 +312,29 @@ def cross_entropy(xp: Namespace, Z: Array, target: Array, ids: bool) -> tuple[Ar
     kind = f"#define IDS\n#define TARGET {_IDS[target.dtype.name]}\n" if ids else "#define TARGET T\n"
     kernel = _kernel("cross_entropy", _CROSS_ENTROPY, Z.dtype.char, kind)
     sizes = np.int64(rows), np.int64(classes), np.int32(width)
-    loss = _summed(kernel, (Z, target, P), sizes, Z.size, _blocks(rows * width), Z, _reciprocal(rows))
-    return loss, {"P": P, "T": target}
+    loss = _summed(kernel, (Z, target, P), sizes, Z.size, _blocks(rows * width), Z, reciprocal(rows))
+    return loss, P
 
 
-def cross_entropy_gradient(xp: Namespace, P: Array, T: Array) -> Array:
+def _cross_entropy_gradient(xp: Namespace, P: Array, T: Array) -> Array:
     """`dZ = (P - T) / N`, with `T` class ids or rows."""
     rows, classes, width = _row_layout(P)
     if T.ndim < P.ndim:
-        return _ids_gradient(P, T, classes, _reciprocal(rows))
-    P, T, dZ = _contiguous(P), _contiguous(T), cupy.empty(P.shape, P.dtype)
+        return _ids_gradient(P, T, classes, reciprocal(rows))
+    P, T, dZ = _contiguous(P), _contiguous(T.astype(P.dtype, copy=False)), cupy.empty(P.shape, P.dtype)
     kernel = _kernel("cross_entropy_gradient", _CROSS_ENTROPY, P.dtype.char, "#define TARGET T\n")
-    factor = _ACCUMULATOR[P.dtype.char](_reciprocal(rows))
+    factor = _ACCUMULATOR[P.dtype.char](reciprocal(rows))
     kernel((_blocks(rows * width),), (THREADS,), (P, T, dZ, np.int64(rows), np.int64(classes), np.int32(width), factor))
     return dZ
 
 
-def squared_error(xp: Namespace, Z: Array, target: Array) -> tuple[Array, Array]:
+def _squared_error(xp: Namespace, Z: Array, target: Array) -> tuple[Array, Array]:
     """`mean D^2`, and `D = Z - target`."""
+    target = target.reshape(Z.shape)
     D = cupy.empty(Z.shape, Z.dtype)
     kernel = _kernel("squared_error", _SQUARED_ERROR, Z.dtype.char)
     arguments = _contiguous(Z), _contiguous(target), D
-    return _summed(kernel, arguments, (np.int64(Z.size),), Z.size, _blocks(Z.size), Z, _reciprocal(Z.size)), D
+    return _summed(kernel, arguments, (np.int64(Z.size),), Z.size, _blocks(Z.size), Z, reciprocal(Z.size)), D
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -407,20 +410,7 @@ _ADAM = _UPDATE % (
 )
 
 
-def _sgd(optimizer: SGD, lr: float) -> tuple[Any, ...]:
-    return lr, optimizer.momentum, optimizer.nesterov, optimizer.weight_decay
-
-
-def _adam(optimizer: Adam, lr: float) -> tuple[Any, ...]:
-    (beta1, beta2), t = optimizer.betas, optimizer.steps
-    decoupled, root = isinstance(optimizer, AdamW), math.sqrt(1 - beta2**t)
-    return (
-        lr * root / (1 - beta1**t), beta1, 1 - beta1, beta2, 1 - beta2, optimizer.eps * root,
-        0.0 if decoupled else optimizer.weight_decay, 1 - lr * optimizer.weight_decay if decoupled else 1.0,
-    )  # fmt: skip
-
-
-_RULES: dict[type, tuple[str, Any]] = {SGD: (_SGD, _sgd), Adam: (_ADAM, _adam), AdamW: (_ADAM, _adam)}
+_RULES: dict[type, str] = {SGD: _SGD, Adam: _ADAM, AdamW: _ADAM}
 
 
 def _tables(arrays: Sequence[Array], starts: Sequence[int]) -> list[tuple[Any, Any, int]]:
@@ -436,23 +426,22 @@ def _tables(arrays: Sequence[Array], starts: Sequence[int]) -> list[tuple[Any, A
     return tables
 
 
-def apply(
+def _apply_update(
     xp: Namespace,
     optimizer: Any,
-    places: Places,
+    bound: Binding,
     gradients: Mapping[str, Array],
-    lr: float,
+    by: Any,
     where: Array | None,
 ) -> None:
     """Update all parameters and moments in place by one kernel; clipping takes one more."""
-    rule = _RULES.get(type(optimizer))
-    dtype = next(iter(gradients.values())).dtype
-    if rule is None or dtype.char not in _TYPES:  # somebody's own rule or layer
-        return _apply(xp, optimizer, places, gradients, lr, where)
-    flat = flat_of(xp, optimizer, places, align=256 // dtype.itemsize)  # what cuBLAS likes operands to start at
-    source, hyperparameters = rule
+    source = _RULES.get(type(optimizer))
+    dtype = bound.place.dtype
+    if source is None or dtype.char not in _TYPES:  # somebody's own rule or layer
+        return apply_update(xp, optimizer, bound, gradients, by, where)
+    flat = flat_of(xp, bound, align=256 // dtype.itemsize)  # what cuBLAS likes operands to start at
     wide = _ACCUMULATOR[dtype.char]
-    scalars = [np.bool_(x) if isinstance(x, bool) else wide(x) for x in hyperparameters(optimizer, lr)]
+    scalars = [np.bool_(x) if isinstance(x, bool) else wide(x) for x in by]
     arrays = [_contiguous(gradients[name]) for name in flat.views]
     tables = _tables(arrays, [part.start for part in flat.slices.values()])
     partial, partials, clip_norm = None, 0, 0.0
@@ -502,13 +491,11 @@ _judge = cupy.ElementwiseKernel(
 )
 
 
-def judged(xp: Namespace, guard: Any, step: int, value: Array, gradients: Iterable[Array], rows: int) -> Array:
+def _judged(xp: Namespace, guard: Any, step: int, value: Array, gradients: Iterable[Array], rows: int) -> Array:
     """Whether this step may be applied: one kernel looks at the loss and all gradients, one keeps the books."""
     arrays = [value, *gradients]
     if value.dtype.char not in _TYPES or any(x.dtype != value.dtype or x.device != value.device for x in arrays):
-        from ..training.fitting import _judged
-
-        return _judged(xp, guard, step, value, arrays[1:], rows)
+        return judged(xp, guard, step, value, arrays[1:], rows)
     arrays = [_contiguous(x) for x in arrays]
     if guard.last_bad is None:
         guard.last_bad = cupy.zeros((), np.int64)
@@ -519,3 +506,16 @@ def judged(xp: Namespace, guard: Any, step: int, value: Array, gradients: Iterab
         value, guard.last_bad, step, guard.total, guard.rows, guard.bad, guard.fatal, rows, guard.allowed
     )
     return apply
+
+
+OPERATIONS = {
+    affine_gradients: _affine_gradients,
+    activation: _activation,
+    activation_gradient: _activation_gradient,
+    cross_entropy: _cross_entropy,
+    cross_entropy_gradient: _cross_entropy_gradient,
+    squared_error: _squared_error,
+    apply_update: _apply_update,
+    judged: _judged,
+}
+"""The portable operations, and their faster equals for CuPy arrays."""
