@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _lock = threading.Lock()
-_kept: list[Any] = []  # what holds the memory of loaded code; never let go of
 SOURCES = "layout", "machine", "elementary", "kernels", "engine"
 LIBRARY = {"memset", "memcpy", "memmove", "log", "logf", "log1p", "log1pf", "sqrt", "sqrtf", "exp", "expf"}
 """The functions of the C library that compiled code may call."""
@@ -67,7 +66,7 @@ def _code_for(dtype: str) -> Code:
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target(llvm))
     engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
     engine.finalize_object()
-    _kept.append(engine)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))  # at its end, the process may still have threads in there
     return Code(engine.get_function_address("anyarray_run"), engine.get_function_address("anyarray_worker"), dtype)
 
 

@@ -412,12 +412,13 @@ def judge(op, c, like):
     applied = c[at.FLAGS] == 0 and numbers[at.CLOSED] == 0.0
     scale = 1.0
     if look_count:
-        sums, s, odd = pointer(looks, FLOAT64), 0.0, value - value
+        sums, s, odd = pointer(looks, FLOAT64), 0.0, 0.0
         for t in range(look_count):
             s += sums[2 * t]
             odd += sums[2 * t + 1]
-        numbers[at.FINITE] = 1.0 if odd == 0.0 else 0.0
-        if numbers[at.GUARDED] != 0.0 and odd != 0.0:
+        finite = odd == 0.0 and value - value == 0.0
+        numbers[at.FINITE] = 1.0 if finite else 0.0
+        if numbers[at.GUARDED] != 0.0 and not finite:
             applied = False
         if numbers[at.CLIP] > 0.0:
             norm = sqrt(s)

@@ -7,7 +7,8 @@ done. What a tile computes does not depend on who computes it, so results are th
 
 # the control block of one program, in int64; what threads write at once lies 64 bytes apart
 NEXT, DONE, FLAGS = 0, 8, 16
-TOTAL, OPERATIONS, GEMM, WIDE, NUMBERS, YIELD, X, LDX, Y, ORDER, LOCAL = range(24, 35)
+TOTAL, OPERATIONS, GEMM, WIDE, NUMBERS, YIELD, LOCAL, DATA = range(24, 32)
+X, LDX, Y, ORDER = range(32, 36)  # X, Y and ORDER are NumPy's array objects, whose data are where DATA says
 CONTROL = 40
 
 # an operation, in int64

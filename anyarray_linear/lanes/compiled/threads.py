@@ -32,6 +32,7 @@ class Pool:
         self.lock = threading.Lock()
         """Held by the thread whose step the pool works on."""
         self.memory = np.zeros(at.POOL + 8, np.int64)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.memory))  # its threads look at it until the process ends
         self.address = -(-self.memory.ctypes.data // 64) * 64
         self.offset = (self.address - self.memory.ctypes.data) // 8
         self.library: Any = None
