@@ -34,7 +34,7 @@ def tile_of(op, c, tile, like):
     elif code == at.LOOK:
         kernels.look(op, tile, like)
     elif code == at.ACTIVATION:
-        kernels.activation(op, tile, like)
+        kernels.activation(op, c, tile, like)
     elif code == at.ACTIVATION_GRADIENT:
         kernels.activation_gradient(op, tile, like)
     elif code == at.TAKE:

@@ -139,8 +139,10 @@ def mask(kind, gradient, kept, count, like):
 
 
 @njit(**PLAIN)
-def activation(op, tile, like):
+def activation(op, c, tile, like):
     source, target, zeros, count, kind, chunk = op[4], op[5], op[6], op[7], op[8], op[9]
+    if source == 0:
+        source = c[at.X]
     size = size_of(like)
     start = tile * chunk
     stop = min(start + chunk, count)
