@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from .arrays.checks import check_alike, check_float, check_shape, describe
-from .arrays.place import Array, Namespace, place_of
+from .arrays.place import Array, Namespace, Place, place_of
 
 
 class _Activation:
@@ -47,7 +47,7 @@ class _Activation:
         if not needs_dX:
             return None, {}
         dX = place.run(activation_gradient, self, dZ, kept)
-        return dX if kept.ndim else place.xp.asarray(dX), {}  # of 0-d arrays NumPy makes scalars
+        return dX if kept.ndim else _array_of(place, dX), {}
 
     def backward(
         self, dZ: Array, cache: Mapping[str, Array], *, accumulate: bool = False, needs_dX: bool = True
@@ -69,10 +69,16 @@ class _Activation:
         if not place.computes:
             check_float("X", X)
         Z = place.run(activation, self, X)
-        return Z if X.ndim else place.xp.asarray(Z)
+        return Z if X.ndim else _array_of(place, Z)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+def _array_of(place: Place, x: Any) -> Array:
+    """`x` as an array: of 0-d arrays NumPy makes scalars."""
+    with place.entered() as xp:
+        return xp.asarray(x)
 
 
 def activation(xp: Namespace, layer: _Activation, X: Array) -> Array:
