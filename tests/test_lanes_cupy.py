@@ -125,7 +125,7 @@ def test_with_tf32_the_bias_gradient_is_no_product(backend, monkeypatch):
 
 # activations
 
-ACTIVATIONS = [ReLU(), Tanh(), Sigmoid(), SiLU(), GELU()]
+ACTIVATIONS = [ReLU(), Tanh(), Sigmoid(), SiLU(), GELU(), GELU("tanh")]
 
 
 def values(shape, dtype):

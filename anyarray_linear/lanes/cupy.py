@@ -130,8 +130,10 @@ _TANH_U = f"const A a = {GELU._a!r}, c = {GELU._c!r};"
 _FORWARD = {
     Sigmoid: _elementwise("T X", "T Z", f"{_SIGMOID} Z = T(S);", "sigmoid"),
     SiLU: _elementwise("T X", "T Z", f"{_SIGMOID} Z = T(x * S);", "silu"),
-    GELU: _elementwise(
-        "T X", "T Z", f"{_TANH_U} const A x = X; Z = T(A(0.5) * x * (A(1) + tanh(a * x * (A(1) + c * (x * x)))));", "gelu"
+    GELU: _elementwise("T X", "T Z", "const A x = X; Z = T(x * (A(0.5) * erfc(-x * A(0.7071067811865476))));", "gelu"),
+    "tanh": _elementwise(
+        "T X", "T Z", f"{_TANH_U} const A x = X; Z = T(A(0.5) * x * (A(1) + tanh(a * x * (A(1) + c * (x * x)))));",
+        "gelu_tanh",
     ),
 }
 _BACKWARD = {
@@ -141,25 +143,39 @@ _BACKWARD = {
     SiLU: _elementwise("T dZ, T X", "T dX", f"{_SIGMOID} dX = T(A(dZ) * S * (A(1) + x * (A(1) - S)));", "silu_gradient"),
     GELU: _elementwise(
         "T dZ, T X", "T dX",
+        """
+        const A x = X, near = max(min(x, A(40)), A(-40));  // beyond, phi is 0; and a NaN is one in erfc, too
+        const A phi = A(0.3989422804014327) * exp(A(-0.5) * near * near);
+        dX = T(A(dZ) * (A(0.5) * erfc(-x * A(0.7071067811865476)) + near * phi));
+        """,
+        "gelu_gradient",
+    ),
+    "tanh": _elementwise(
+        "T dZ, T X", "T dX",
         _TANH_U + """
         const A x = X, xx = x * x, s = xx > A(256) ? A(256) : xx;
         const A t = tanh(a * x * (A(1) + c * s)), dU = a * (A(1) + A(3) * c * s);
         dX = T(A(dZ) * A(0.5) * (A(1) + t + x * (A(1) - t * t) * dU));
         """,
-        "gelu_gradient",
+        "gelu_tanh_gradient",
     ),
 }  # fmt: skip
 
 
+def _form(layer: Any) -> Any:
+    """What the kernels of an activation are found by: its class, or which of the forms of GELU it is."""
+    return type(layer) if type(layer) is not GELU or layer.approximate == "none" else layer.approximate
+
+
 def activation(xp: Namespace, layer: Any, X: Array) -> Array:
     """`Z = f(X)`."""
-    kernel = _FORWARD.get(type(layer))
+    kernel = _FORWARD.get(_form(layer))
     return _activation(xp, layer, X) if kernel is None else kernel(X)
 
 
 def activation_gradient(xp: Namespace, layer: Any, dZ: Array, kept: Array) -> Array:
     """`dX = dZ f'(X)`."""
-    kernel = _BACKWARD.get(type(layer))
+    kernel = _BACKWARD.get(_form(layer))
     return _activation_gradient(xp, layer, dZ, kept) if kernel is None else kernel(dZ, kept)
 
 
