@@ -1,7 +1,7 @@
 """The error function in Array API operations: the standard has none.
 
 `erf x = 2/sqrt(pi) int_0^x exp(-t^2) dt`, by the rational approximations of W. J. Cody, "Rational Chebyshev approximations
-for the error function", Math. Comp. 23 (1969), with the coefficients of his program CALERF (netlib, 1990), good to 18 digits:
+for the error function", Math. Comp. 23 (1969), with the coefficients of his program CALERF (netlib, 1990), to 18 digits:
 
     |x| <= 0.46875           erf x  = x R1(x^2)
     0.46875 < |x| <= 4       erfc x = exp(-x^2) R2(x)
