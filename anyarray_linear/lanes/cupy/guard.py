@@ -10,6 +10,7 @@ import cupy
 import numpy as np
 
 from ...arrays.place import Array, Namespace
+from ...guard import judged as judged_portably
 from .kernels import THREADS, TYPES, contiguous, kernel
 from .tables import COUNT, SOURCE, tables
 
@@ -44,9 +45,9 @@ def judged(xp: Namespace, guard: Any, step: int, value: Array, gradients: Iterab
     """Whether this step may be applied, a 0-d bool; brings the guard's sums and counts up to date."""
     arrays = [value, *gradients]
     if value.dtype.char not in TYPES or any(x.dtype != value.dtype or x.device != value.device for x in arrays):
-        from ...training.fitting import _judged
 
-        return _judged(xp, guard, step, value, arrays[1:], rows)
+
+        return judged_portably(xp, guard, step, value, arrays[1:], rows)
     if guard.last_bad is None:
         guard.last_bad = cupy.zeros((), np.int64)
     look(arrays, guard.last_bad, step)
