@@ -89,17 +89,17 @@ def _compiled(name: str, source: str, formula: str, dtype: str) -> Any:
 
 
 @functools.cache
-def _forward(kind: type, dtype: str) -> Any:
+def _forward(kind: Any, dtype: str) -> Any:
     return _compiled("activation", _ACTIVATION, _FORWARD[kind], dtype)
 
 
 @functools.cache
-def _backward(kind: type, dtype: str) -> Any:
+def _backward(kind: Any, dtype: str) -> Any:
     return _compiled("gradient", _GRADIENT, _BACKWARD[kind], dtype)
 
 
 @functools.cache
-def _bias(kind: type | None, dtype: str) -> Any:
+def _bias(kind: Any, dtype: str) -> Any:
     return _compiled("bias", _BIAS, "" if kind is None else _FORWARD[kind], dtype)
 
 
@@ -115,7 +115,8 @@ def activation(xp: Namespace, layer: Any, X: Array) -> Array:
     X = contiguous(X)
     Z, size = cupy.ndarray(X.shape, X.dtype), X.size
     if size:
-        _forward(type(layer), X.dtype.char)((blocks(size),), (THREADS,), (X, Z, size))
+        kind: Any = type(layer)
+        _forward(kind, X.dtype.char)((blocks(size),), (THREADS,), (X, Z, size))
     return Z
 
 
@@ -126,7 +127,8 @@ def activation_gradient(xp: Namespace, layer: Any, dZ: Array, kept: Array) -> Ar
     dZ, kept = contiguous(dZ), contiguous(kept)
     dX, size = cupy.ndarray(dZ.shape, dZ.dtype), dZ.size
     if size:
-        _backward(type(layer), dZ.dtype.char)((blocks(size),), (THREADS,), (dZ, kept, dX, size))
+        kind: Any = type(layer)
+        _backward(kind, dZ.dtype.char)((blocks(size),), (THREADS,), (dZ, kept, dX, size))
     return dX
 
 
@@ -144,6 +146,7 @@ def add_bias(Z: Array, b: Array, layer: Any = None) -> Array:
     if Z.size:
         out = Z if layer is None or layer._kept == "Z" else cupy.ndarray(Z.shape, Z.dtype)
         grid, sizes = _sizes(Z.size, Z.shape[1])
-        _bias(None if layer is None else type(layer), Z.dtype.char)(grid, (THREADS,), (Z, contiguous(b), out, sizes))
+        kind: Any = None if layer is None else type(layer)
+        _bias(kind, Z.dtype.char)(grid, (THREADS,), (Z, contiguous(b), out, sizes))
         return out
     return Z

@@ -1,7 +1,7 @@
 """What the kernels of this lane share: their types, their head, and how work is spread over a card.
 
-A launch costs the host some two microseconds, and a tenth of one more for each argument. So kernels take their sizes and numbers
-in one `struct` by value, which is packed once per shape. None has a division of 64-bit numbers per element.
+A launch costs the host some two microseconds, and a fifth of one more for each argument. So kernels take their sizes and
+numbers in one `struct` by value, which is packed once per shape. None has a division of 64-bit numbers per element.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCKS = 1024
 
 TYPES = {"e": ("__half", "float"), "f": ("float", "float"), "d": ("double", "double")}
 """By a dtype's character, what its kernels read and write (`T`), and what they compute in (`A`)."""
-ACCUMULATOR = {"e": np.dtype("f"), "f": np.dtype("f"), "d": np.dtype("d")}
+ACCUMULATOR: dict[str, np.dtype[Any]] = {"e": np.dtype("f"), "f": np.dtype("f"), "d": np.dtype("d")}
 
 _HEAD = """
 typedef %(T)s T;

@@ -136,17 +136,19 @@ def _cross_entropy(name: str, source: str, dtype: str, ids: Any) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _row_sizes(size: int, classes: int) -> tuple[int, int, float, Any]:
-    """The blocks of the two ways, the factor, and the sizes: a thread takes about four classes, at most a warp shares a row."""
+    """Blocks forward and back, the factor, and the sizes: a thread takes four classes or so, and at most a warp shares a row."""
     rows = size // classes
     shift = min(5, (-(-classes // 4) - 1).bit_length())
     spread, factor = blocks(rows << shift), _reciprocal(rows)
-    return 1 if size <= ONE_BLOCK else spread, spread, factor, by_value(struct.pack("qqdii", rows, classes, factor, shift, 0))
+    sizes = by_value(struct.pack("qqdii", rows, classes, factor, shift, 0))
+    return 1 if size <= ONE_BLOCK else spread, spread, factor, sizes
 
 
 @functools.lru_cache(maxsize=4096)
 def _sizes(size: int) -> tuple[int, float, Any]:
     factor = _reciprocal(size)
-    return 1 if size <= ONE_BLOCK else blocks(size), factor, by_value(struct.pack("qdii", size, factor, 0, 0))
+    sizes = by_value(struct.pack("qdii", size, factor, 0, 0))
+    return 1 if size <= ONE_BLOCK else blocks(size), factor, sizes
 
 
 def _summed(work: Any, arguments: tuple[Any, ...], sizes: Any, grid: int, factor: float, x: Array) -> Array:

@@ -1,19 +1,20 @@
 """Products: one call of cuBLAS each, eagerly and while a stream is captured into a CUDA graph.
 
-CuPy's `@` does more than ask for a product, forms some of them in float16, and refuses while a stream is captured. So products
-are asked for by `cublasGemmEx` itself: eagerly through CuPy's own binding, the cheapest way there; under capture by its address
-in the library that CuPy has loaded, since the binding looks for a capture. Both use a handle of this lane's own, per thread and
-device. Under capture it has a workspace of the graph's own, as large as the default one: cuBLAS must not allocate then.
+CuPy's `@` does more than ask for a product, forms some of them in float16, and refuses while a stream is captured. So
+products are asked for by `cublasGemmEx` itself: eagerly through CuPy's own binding, the cheapest way there; under capture by
+its address in the library that CuPy has loaded, since the binding looks for a capture. Both use a handle of this lane's own,
+per thread and device. Under capture it has a workspace of the graph's own, as large as the default one: cuBLAS must not
+allocate then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import cupy
@@ -51,10 +52,8 @@ class _Handle:
         self.gemm: Callable[..., Any] = cublas.gemmEx
 
     def __del__(self, destroy: Any = cublas.destroy) -> None:
-        try:
+        with contextlib.suppress(Exception):  # the device may be gone at exit
             destroy(self.ptr)
-        except Exception:  # the device may be gone at exit, or the thread's context
-            pass
 
 
 class _Handles(threading.local):
@@ -97,7 +96,7 @@ def workspace() -> Array:
     return cupy.empty((32 if major >= 9 else 4) << 20, np.uint8)
 
 
-@contextmanager
+@contextlib.contextmanager
 def capturable(stream: Any, memory: Array) -> Iterator[None]:
     """A context in which this thread's products go to `stream`, which may be captured, with `memory` to work in."""
     library, handle = _library(), _handle(memory.data.device_id)
@@ -112,7 +111,7 @@ def capturable(stream: Any, memory: Array) -> Iterator[None]:
 
 
 def _laid_out(M: Array, size: int) -> tuple[Array, int, int]:
-    """`M`, whether it is transposed for a BLAS that counts along rows, and its leading dimension; copied where it must be."""
+    """`M`, or a copy where it must be; whether a BLAS that counts along rows has to transpose it; its leading dimension."""
     rows, columns = M.shape
     down, along = M.strides
     if along == size or columns == 1:
@@ -163,7 +162,7 @@ def ones_row(count: int, dtype: Any) -> Array:
     key = cupy.cuda.runtime.getDevice(), dtype.char, capacity
     row = _ones.get(key)
     if row is None:
-        with cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc):  # not from a pool that may go before the row does
+        with cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc):  # not from a pool that goes before the row
             row = cupy.ones((1, capacity), dtype)
         cupy.cuda.get_current_stream().synchronize()  # once: from now on any stream may read it
         _ones[key] = row

@@ -1,7 +1,7 @@
 """Tables of arrays: a kernel that goes through many arrays as if they were one, each thread taking its share of all.
 
-Gradients stay where they are. A kernel is handed their addresses in a table, by value, and counts elements through it: array `k`
-begins at the number `start[k]`. A thread takes numbers in ascending order, so it finds its array by going on from the last.
+Gradients stay where they are. A kernel is handed their addresses in a table, by value, and counts elements through it: array
+`k` begins at the number `start[k]`. A thread takes numbers in ascending order, so it finds its array from the last one on.
 """
 
 from __future__ import annotations

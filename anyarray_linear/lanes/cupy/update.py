@@ -1,7 +1,7 @@
 """The optimizer's update: one kernel for all parameters and moments, in place; clipping takes one more.
 
-What changes from step to step (the rate, the corrections, the largest norm) reaches the kernel by value, or, in a captured step,
-from the device, where it was put before the graph is launched.
+What changes from step to step (the rate, the corrections, the largest norm) reaches the kernel by value, or, in a captured
+step, from the device, where it was put before the graph is launched.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def numbers(optimizer: Any, lr: float) -> tuple[float, ...]:
 
 
 @functools.cache
-def _kernel(rule_of: type, dtype: str) -> Any:
+def _kernel(rule_of: Any, dtype: str) -> Any:
     names, rule = _RULES[rule_of][0]
     line = " ".join(rule.split())
     return kernel("update", _UPDATE, dtype, f"#define NAMES {names}\n#define RULE {line}\n")
@@ -153,7 +153,8 @@ def update(
         for table, part in zip(found, parts, strict=True):
             squares((table.blocks,), (THREADS,), (table.filled(part), address))
             address += table.blocks * wide.itemsize
-    work = _kernel(type(optimizer), dtype.char)
+    rule: Any = type(optimizer)
+    work = _kernel(rule, dtype.char)
     flag, sums = (0 if x is None else x.data.ptr for x in (where, partial))
     buffers = [x.data.ptr for x in (flat.W, *flat.moments)] + [0, 0]
     for i, (table, part) in enumerate(zip(found, parts, strict=True)):
