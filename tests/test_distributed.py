@@ -36,7 +36,7 @@ from anyarray_linear.distributed.agreement import digest_of_rows
 from anyarray_linear.distributed.launching import fitting_threads
 from anyarray_linear.files.checkpoints import checkpoints
 from anyarray_linear.initializers import layer_seed
-from anyarray_linear.training.fitting import _epoch_order
+from anyarray_linear.training.data import epoch_order
 
 ROOT = Path(__file__).parents[1]
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
@@ -140,7 +140,7 @@ def rounding_bound(dtype):
     W = np.concatenate([np.asarray(model.W, "f8"), np.asarray(model.b, "f8").T], axis=1)
     lr, u, total = options["optimizer"].learning_rate(), np.finfo(dtype).eps / 2, 0.0
     for epoch in range(worker.EPOCHS):
-        order = _epoch_order(layer_seed(worker.SEED), epoch, worker.ROWS)
+        order = epoch_order(layer_seed(worker.SEED), epoch, worker.ROWS)
         for i in range(0, worker.ROWS, worker.BATCH):
             rows = order[i : i + worker.BATCH]
             A = np.concatenate([X[rows], np.ones((len(rows), 1))], axis=1)

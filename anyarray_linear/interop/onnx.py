@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from ..activations import GELU
+from ..files.architecture import architecture_of, shown
 from ..files.atomic import atomic_write
-from ..files.checkpoints import CheckpointError, _architecture, _json, _read, _shown, _told, _weights
+from ..files.sealed import CheckpointError, as_json, read, told
+from ..files.tensors import weights_of
 from ..protocol import join
 
 Host = np.ndarray[Any, Any]
@@ -60,7 +62,8 @@ def to_onnx(model: Any, *, softmax: bool = False, metadata: Mapping[str, Any] | 
     >>> [node.op_type for node in proto.graph.node], [each.name for each in proto.graph.initializer]
     (['Gemm', 'Relu', 'Gemm'], ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
-    return _proto(_architecture(model), _weights(model), softmax, _json("metadata", {} if metadata is None else metadata))
+    kept = as_json("metadata", {} if metadata is None else metadata)
+    return _proto(architecture_of(model), weights_of(model), softmax, kept)
 
 
 def export_onnx(
@@ -75,7 +78,7 @@ def file_to_onnx(path: str | os.PathLike[str], *, softmax: bool = False) -> Any:
 
     Raises `CheckpointError` for a file that is damaged, or whose model ONNX cannot express.
     """
-    file = _read(path)
+    file = read(path)
     if file.info is None:
         raise CheckpointError(
             f"{path} holds no architecture, as it is not a file of this library; "
@@ -85,7 +88,7 @@ def file_to_onnx(path: str | os.PathLike[str], *, softmax: bool = False) -> Any:
         metadata = {} if "optimizer" in file.info else file.info["metadata"]  # a checkpoint's is the state of the run
         return _proto(file.info["architecture"], file.weights, softmax, metadata)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {_told(error)}") from error
+        raise CheckpointError(f"{path}: {told(error)}") from error
 
 
 def _proto(architecture: Spec, weights: Mapping[str, Host], softmax: bool, metadata: Mapping[str, Any]) -> Any:
@@ -156,7 +159,7 @@ def _check(positions: list[tuple[str, str, Spec]], weights: Mapping[str, Host]) 
         kind = spec["type"]
         if spec.get("custom") or kind not in ("Linear", *_FORMULAS):
             raise ValueError(
-                f"layer {position or 'of the model'} is {_shown(spec)}, which has no operator in ONNX; "
+                f"layer {position or 'of the model'} is {shown(spec)}, which has no operator in ONNX; "
                 "export a model of this library's own layers"
             )
         if kind != "Linear":
@@ -168,7 +171,7 @@ def _check(positions: list[tuple[str, str, Spec]], weights: Mapping[str, Host]) 
         for p, shape in shapes.items():
             name = join(position, p)
             if weights[name].shape != shape:
-                raise ValueError(f"{name} has shape {weights[name].shape}, but the layer is {_shown(spec)}")
+                raise ValueError(f"{name} has shape {weights[name].shape}, but the layer is {shown(spec)}")
             expected.add(name)
             dtypes.setdefault(weights[name].dtype.name, name)
     if width is None:

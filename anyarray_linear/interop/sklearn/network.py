@@ -24,7 +24,7 @@ from ...arrays.selection import select_device
 from ...linear import Linear
 from ...optimizers import SGD, Adam, AdamW
 from ...sequential import Sequential
-from ...training.fitting import fit, predict
+from ...training import fit, predict
 from .inputs import Host, on_host, rows_of, where
 from .stopping import Watch, take_weights
 
