@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..arrays.cores import cores
+from ..arrays.cores import usable_cores
 
 
 def launched() -> tuple[int, int]:
@@ -18,7 +18,7 @@ def launched() -> tuple[int, int]:
 
 def seat() -> tuple[set[int], int]:
     """The cores that this process may use, and how many threads its BLAS takes."""
-    own = cores()
+    own = usable_cores()
     given = (os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
     return own, next((int(text) for text in given if text.isdecimal() and int(text)), len(own))
 
