@@ -24,7 +24,7 @@ from anyarray_linear import (
     save_checkpoint,
     save_model,
 )
-from anyarray_linear.files.checkpoints import CheckpointError
+from anyarray_linear.files import CheckpointError
 from anyarray_linear.testing import linear_error_bounds, linear_reference
 
 onnx = pytest.importorskip("onnx")
@@ -293,7 +293,7 @@ def test_options_that_make_no_sense_are_named(options, error, message, tmp_path)
 def test_a_model_beyond_the_limit_of_the_format_is_refused_before_it_is_copied(monkeypatch):
     big = Linear(2, 3)
     big.W = np.broadcast_to(np.float32(0), (30_000, 20_000))
-    monkeypatch.setattr(module, "_weights", lambda model: {"weight": model.W, "bias": np.zeros(30_000, "float32")})
+    monkeypatch.setattr(module, "weights_of", lambda model: {"weight": model.W, "bias": np.zeros(30_000, "float32")})
     with pytest.raises(ValueError, match="the weights have 2,400,120,000 bytes, but an ONNX file holds less than 2 GiB"):
         to_onnx(big)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..files.atomic import atomic_write
-from ..files.checkpoints import read_metadata
+from ..files.models import read_metadata
 from ..interop.onnx import OPSET, file_to_onnx
 
 

@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 
 from ..activations import GELU
+from ..files.architecture import architecture_of, shown
 from ..files.atomic import atomic_write
-from ..files.checkpoints import CheckpointError, _architecture, _json, _read, _shown, _told, _weights
+from ..files.sealed import CheckpointError, as_json, read, told
+from ..files.tensors import weights_of
 from ..protocol import join
 
 Host = np.ndarray[Any, Any]
@@ -70,8 +72,8 @@ def to_onnx(
     >>> [node.op_type for node in proto.graph.node], [each.name for each in proto.graph.initializer]
     (['Gemm', 'Relu', 'Gemm'], ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
-    kept = _json("metadata", {} if metadata is None else metadata)
-    return _proto(_architecture(model), _weights(model), softmax, kept, opset, batch_axes)
+    kept = as_json("metadata", {} if metadata is None else metadata)
+    return _proto(architecture_of(model), weights_of(model), softmax, kept, opset, batch_axes)
 
 
 def export_onnx(model: Any, path: str | os.PathLike[str], **options: Any) -> None:
@@ -87,7 +89,7 @@ def file_to_onnx(path: str | os.PathLike[str], *, softmax: bool = False, opset: 
     Raises `CheckpointError` for a file that is damaged, or whose model ONNX cannot express.
     """
     _check_options(_onnx(), opset, batch_axes)
-    file = _read(path)
+    file = read(path)
     if file.info is None:
         raise CheckpointError(
             f"{path} holds no architecture, as it is not a file of this library; "
@@ -97,7 +99,7 @@ def file_to_onnx(path: str | os.PathLike[str], *, softmax: bool = False, opset: 
         metadata = {} if "optimizer" in file.info else file.info["metadata"]  # a checkpoint's is the state of the run
         return _proto(file.info["architecture"], file.weights, softmax, metadata, opset, batch_axes)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {_told(error)}") from error
+        raise CheckpointError(f"{path}: {told(error)}") from error
 
 
 def _proto(
@@ -178,7 +180,7 @@ def _check(positions: list[tuple[str, str, Spec]], weights: Mapping[str, Host]) 
         kind = spec["type"]
         if spec.get("custom") or kind not in ("Linear", *_FORMULAS):
             raise ValueError(
-                f"layer {position or 'of the model'} is {_shown(spec)}, which has no operator in ONNX; "
+                f"layer {position or 'of the model'} is {shown(spec)}, which has no operator in ONNX; "
                 "export a model of this library's own layers"
             )
         if kind != "Linear":
@@ -190,7 +192,7 @@ def _check(positions: list[tuple[str, str, Spec]], weights: Mapping[str, Host]) 
         for p, shape in shapes.items():
             name = join(position, p)
             if weights[name].shape != shape:
-                raise ValueError(f"{name} has shape {weights[name].shape}, but the layer is {_shown(spec)}")
+                raise ValueError(f"{name} has shape {weights[name].shape}, but the layer is {shown(spec)}")
             expected.add(name)
             dtypes.setdefault(weights[name].dtype.name, name)
     if width is None:

@@ -18,12 +18,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ...activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from ...arrays.checks import describe
-from ...arrays.device import Device, select_device
+from ...arrays.device import Device
 from ...arrays.place import Array, dtype_name, is_array
+from ...arrays.selection import select_device
 from ...linear import Linear
 from ...optimizers import SGD, Adam, AdamW
 from ...sequential import Sequential
-from ...training.fitting import fit, predict
+from ...training import fit, predict
 from .inputs import Host, on_host, rows_of, where
 from .stopping import Watch, take_weights
 
