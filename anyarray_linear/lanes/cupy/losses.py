@@ -136,7 +136,7 @@ def _cross_entropy(name: str, source: str, dtype: str, ids: Any) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _row_sizes(size: int, classes: int) -> tuple[int, int, float, Any]:
-    """Blocks forward and back, the factor, and the sizes: a thread takes four classes or so, and at most a warp shares a row."""
+    """Blocks forward and back, the factor, the sizes: a thread takes about four classes, and at most a warp shares a row."""
     rows = size // classes
     shift = min(5, (-(-classes // 4) - 1).bit_length())
     spread, factor = blocks(rows << shift), _reciprocal(rows)
