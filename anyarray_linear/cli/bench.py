@@ -37,9 +37,8 @@ from ..arrays import doctor
 from ..arrays.device import Device, select_device
 from ..files.atomic import atomic_write
 from ._bench_worker import BURSTS, COUNTED, DIGITS, cores
-from ._common import StopSignals
+from ._common import StopSignals, bad
 from ._results import write_json
-from ._run import bad
 
 PEERS = ("numpy", "torch", "jax", "thinc", "sklearn")
 """What this package is compared with: the modules that it takes."""

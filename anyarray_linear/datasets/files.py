@@ -101,7 +101,13 @@ def read_data(
     return _from_npz(path, target, task)
 
 
-def load_features(path: str | os.PathLike[str], n_features: int, *, features: Sequence[str] | None = None) -> Array:
+def load_features(
+    path: str | os.PathLike[str],
+    n_features: int,
+    *,
+    features: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Array:
     """Load the features alone, to predict from: a file for `load_data`, with its targets or without.
 
     Args:
@@ -110,6 +116,7 @@ def load_features(path: str | os.PathLike[str], n_features: int, *, features: Se
         n_features: how many features the model takes.
         features: the column names that the model was trained on (`Data.features`). Given, a `.csv` with a header is
             read by these names, whatever the order of its columns and whatever other columns it has.
+        progress: a function that hears how many rows of a text are read, at every 10,000.
 
     Returns:
         `X`, float32 or float64, `(N, n_features)`.
@@ -145,7 +152,7 @@ def load_features(path: str | os.PathLike[str], n_features: int, *, features: Se
             )
         return Layout(names, list(range(n_features)), None)
 
-    table = read_csv(path, choose)
+    table = read_csv(path, choose, progress)
     return as_features(path, table.X, table.where)
 
 
