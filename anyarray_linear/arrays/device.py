@@ -1,21 +1,14 @@
 """Devices: where arrays live, how they get there, and how to compute there.
 
-A `Device` is a namespace (NumPy, CuPy, torch, ...) and a place in it. `select_device` finds the one a user asks for,
-`Device.of` the one an array is on. What this module promises:
-
-- a CUDA device that `select_device` hands out has proved that it works (see `doctor`), it was not merely counted;
-- an explicit request for CUDA never ends on the CPU: it raises `DeviceUnavailableError`, which says what to do;
-- importing it loads no array library but NumPy itself: `Device.xp` is resolved when it is first used.
+A `Device` is a namespace (NumPy, CuPy, torch, ...) and a place in it. `Device.of` is the one an array is on, and
+`select_device` (in `selection`) finds the one a user asks for. Importing this loads no array library but NumPy itself:
+`Device.xp` is resolved when it is first used.
 """
 
 from __future__ import annotations
 
-import os
 import platform
-import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -23,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from . import doctor
+from . import cards, dtypes, transfer
 from .checks import check_array, describe
-from .place import FLOAT_DTYPES, Array, Namespace, device_of, dtype_name, is_array, namespace, peculiar
+from .place import FLOAT_DTYPES, Array, Namespace, device_of, is_array, namespace, peculiar
 
 _NAMESPACES = {
     "cpu": "array_api_compat.numpy",
@@ -33,13 +26,6 @@ _NAMESPACES = {
     "torch": "array_api_compat.torch",
     "jax": "jax.numpy",
 }
-
-
-_DLPACK_CPU, _DLPACK_CUDA = 1, 2
-
-
-class DeviceUnavailableError(RuntimeError):
-    """A device that was asked for by name cannot be used; the message says why and what to do about it."""
 
 
 class Device:
@@ -56,6 +42,7 @@ class Device:
         native: what the namespace's own functions take as `device=`.
         reason: one sentence that says why this device was chosen.
 
+    >>> from anyarray_linear import select_device
     >>> device = select_device("cpu")
     >>> device, device.asarray([1.0, 2.0], dtype="float32").dtype
     (Device('cpu'), dtype('float32'))
@@ -69,12 +56,12 @@ class Device:
     def of(x: Array) -> Device:
         """The device that the array `x` is on. Raises `TypeError` when `x` is no array."""
         if isinstance(x, (np.ndarray, np.generic)):
-            return _cpu("an array was there")
+            return cpu_device("an array was there")
         if not is_array(x):
             raise TypeError(f"x is {describe(x)}, which is on no device; pass an array")
         library: str = namespace(x).__name__.removeprefix("array_api_compat.").partition(".")[0]
         if library == "cupy":
-            return _cuda_device(x.device.id, "an array was there")
+            return cuda_device(x.device.id, "an array was there")
         return Device(library, native=device_of(x), reason="an array was there")
 
     @cached_property
@@ -86,14 +73,14 @@ class Device:
     def native(self) -> Any:
         """The namespace's own device object, which its creation functions take as `device=`."""
         if self.kind == "cuda":
-            return doctor.load_cupy().cuda.Device(self.index)
+            return cards.load_cupy().cuda.Device(self.index)
         return self._native
 
     @property
     def name(self) -> str:
         """What the device calls itself: `"NVIDIA H100 80GB HBM3"`, `"x86_64"`."""
         if self.index is not None:
-            return doctor.device_name(self.index)
+            return cards.device_name(self.index)
         return platform.machine() if self.kind == "cpu" else str(self)
 
     def asarray(self, x: Any, dtype: Any = None) -> Array:
@@ -113,31 +100,24 @@ class Device:
         """
         if type(x) is np.ndarray and self.kind == "cpu" and (dtype is None or x.dtype is dtype) and x.dtype.isnative:
             return x  # the usual case in training, and a tenth of the time of what follows
-        if isinstance(x, np.generic):
-            x = np.asarray(x)
-        elif peculiar(x):
-            check_array("x", x)  # which raises
-        elif not is_array(x) and hasattr(x, "__dlpack_device__"):
-            kind, index = _dlpack_place(x)
-            x = (_cuda_device(index) if kind == _DLPACK_CUDA else _cpu()).from_dlpack(x)
-        elif not is_array(x):
-            x = np.asarray(x)
-            if dtype is None and x.dtype.kind == "f":
-                dtype = self.default_float
+        if isinstance(x, np.generic) or not is_array(x):
+            x, dtype = self._as_array(x, dtype)
         here = Device.of(x)
         if here == self and (dtype is None or x.dtype is dtype) and getattr(x.dtype, "isnative", True):
-            return x  # the usual case in training: half the time of going by names, as below
-        if here.kind != self.kind and self._shares_a_card_with(x):
-            x, here = self.from_dlpack(x), self
-        if here != self and (here.kind != self.kind or self.kind not in ("cuda", "torch", "jax")):
-            return self._from_host(here.to_numpy(x), dtype)
-        wanted = self._dtype(_dtype_name(x.dtype if dtype is None else dtype))
-        if here != self:
-            x = self._from_sibling(x, here)
-        if x.dtype == wanted:  # and so in the machine's byte order, which every other namespace has anyway
-            return x
-        with self:
-            return self.xp.astype(x, wanted)
+            return x  # the usual case in training: half the time of going by names, as the routes do
+        return transfer.route(x, here, self)(x, here, self, dtype)
+
+    def _as_array(self, x: Any, dtype: Any) -> tuple[Array, Any]:
+        """What is no array yet, as one where it is; and the dtype to give it: for lists of floats the device's default."""
+        if isinstance(x, np.generic):
+            return np.asarray(x), dtype
+        if peculiar(x):
+            check_array("x", x)  # which raises
+        if hasattr(x, "__dlpack_device__"):
+            kind, index = transfer.dlpack_place(x)
+            return (cuda_device(index) if kind == transfer.CUDA else cpu_device()).from_dlpack(x), dtype
+        x = np.asarray(x)
+        return x, self.default_float if dtype is None and x.dtype.kind == "f" else dtype
 
     def from_dlpack(self, x: Any) -> Array:
         """`x` as an array of this device over the same memory: nothing is copied, and whoever writes to one changes both.
@@ -154,6 +134,7 @@ class Device:
                 read-only arrays of NumPy, torch gives no tensors that require grad); `asarray` moves or copies it.
 
         >>> import numpy as np
+        >>> from anyarray_linear import select_device
         >>> x = np.zeros(2)
         >>> np.shares_memory(select_device("cpu").from_dlpack(x), x)
         True
@@ -161,8 +142,8 @@ class Device:
         if not hasattr(x, "__dlpack__") or not hasattr(x, "__dlpack_device__"):
             raise TypeError(f"x is a {type(x).__name__}, which does not speak DLPack; copy it with Device.asarray(x)")
         cure = f"asarray moves it, as in Device.asarray(x) of {self}"
-        if _dlpack_place(x) != self._dlpack_place:
-            where = "" if is_array(x) else f" on DLPack's device {_dlpack_place(x)}"
+        if transfer.dlpack_place(x) != self.dlpack_place:
+            where = "" if is_array(x) else f" on DLPack's device {transfer.dlpack_place(x)}"
             raise ValueError(f"x is {describe(x)}{where}, which is not in the memory of {self}; {cure}")
         # by default JAX copies what is not aligned as it likes
         options = {"copy": False} if self.kind == "jax" else {}
@@ -176,71 +157,17 @@ class Device:
         return shared
 
     @cached_property
-    def _dlpack_place(self) -> tuple[int, int]:
+    def dlpack_place(self) -> tuple[int, int]:
         """The device as DLPack numbers it: kind and index."""
         if self.kind == "cuda":
-            return _DLPACK_CUDA, int(self.index or 0)
-        return (_DLPACK_CPU, 0) if self.kind == "cpu" else _dlpack_place(self.xp.empty(0, device=self.native))
-
-    def _shares_a_card_with(self, x: Array) -> bool:
-        """Whether `x`, of another library, is in the memory of this CUDA device."""
-        on_a_card = self.kind == "cuda" or (self.kind == "torch" and self.native.type == "cuda")
-        return on_a_card and hasattr(x, "__dlpack_device__") and _dlpack_place(x) == self._dlpack_place
-
-    def _from_sibling(self, x: Array, here: Device) -> Array:
-        """`x` of this namespace, moved from the device `here` to this one."""
-        if self.kind == "torch":
-            return x.to(self.native)
-        if self.kind == "jax":
-            return import_module("jax").device_put(x, self.native)
-        # streams of two cards do not wait for each other, and events make them, without the host
-        cuda = doctor.load_cupy().cuda
-        with here:
-            x = x if x.flags.c_contiguous else x.copy()  # here, or the copy below would do it behind the event's back
-            theirs, ready = cuda.get_current_stream(), cuda.Event(disable_timing=True)
-            ready.record(theirs)
-        with self:
-            ours, done = cuda.get_current_stream(), cuda.Event(disable_timing=True)
-            ours.wait_event(ready)
-            moved = x.copy()
-            done.record(ours)
-        with here:
-            theirs.wait_event(done)  # what is written to x, or to its memory, from now on comes after the copy
-        return moved
-
-    def _from_host(self, x: np.ndarray[Any, Any], dtype: Any) -> Array:
-        name = _dtype_name(x.dtype if dtype is None else dtype)
-        if dtype is None and name in ("int64", "uint64") and self._lacks(name):
-            if x.size and not (x.min() >= -(2**31) and x.max() < 2**31):
-                raise TypeError(f"x holds {name} values beyond int32, and {self} has no {name}")
-            name = "int32"
-        wanted = self._dtype(name)
-        # cast here if that leaves fewer bytes to transfer, else there; in the machine's byte order in any case
-        x = x.astype(name if np.dtype(name).itemsize < x.itemsize else x.dtype.newbyteorder("="), copy=False)
-        with self:
-            if self.kind == "torch":
-                if not x.flags.writeable or any(stride < 0 for stride in x.strides):
-                    x = x.copy()  # it shares the memory, and knows neither read-only arrays nor negative strides
-                return self.xp.asarray(x).to(self.native, dtype=wanted)
-            if self.kind == "jax":
-                x = x.copy()  # it may share the memory, and takes it for immutable
-            if self.kind in ("cpu", "cuda"):
-                return self.xp.asarray(x, dtype=wanted)
-            return self.xp.asarray(x, dtype=wanted, device=self.native)
+            return transfer.CUDA, int(self.index or 0)
+        return (transfer.CPU, 0) if self.kind == "cpu" else transfer.dlpack_place(self.xp.empty(0, device=self.native))
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """The array `x`, wherever it is, as a NumPy array on the host; without a copy where memory can be shared."""
         if isinstance(x, np.ndarray):
             return x
-        here = Device.of(x)
-        if here.kind == "cuda":
-            with here:
-                return np.asarray(x.get())
-        if here.kind == "torch":
-            return np.asarray(x.cpu().numpy())
-        if here.kind == "array_api_strict":
-            x = x.to_device(here.xp.Device("CPU_DEVICE"))
-        return np.asarray(x)
+        return transfer.to_host(x, Device.of(x))
 
     @property
     def default_float(self) -> Any:
@@ -257,26 +184,12 @@ class Device:
         """
         if spec is None:
             return self.default_float
-        name = _dtype_name(spec)
+        name = dtypes.name_of(spec)
         known = (*FLOAT_DTYPES, "float16") if self.kind in ("cuda", "torch") else FLOAT_DTYPES
         if name not in known:
             why = " (float16 is for CuPy and torch, which accumulate it in float32)" if name == "float16" else ""
             raise TypeError(f"dtype is {name}, but layers on {self} compute in {' or '.join(known)}{why}")
-        return self._dtype(name)
-
-    def _lacks(self, name: str) -> bool:
-        """Whether arrays here cannot have this dtype of the standard, though the namespace knows its name."""
-        if self.kind in ("cpu", "cuda") or name not in ("float64", "int64", "uint64", "complex128"):
-            return False
-        return name not in self.xp.__array_namespace_info__().dtypes(device=self.native)
-
-    def _dtype(self, name: str) -> Any:
-        """The dtype object of that name; `TypeError` where the namespace lacks it or would silently narrow it."""
-        dtype = getattr(self.xp, name, None)
-        if dtype is None or self._lacks(name):
-            cure = 'enable it with jax.config.update("jax_enable_x64", True), or ' if self.kind == "jax" else ""
-            raise TypeError(f'{self} has no {name}; {cure}ask for another with dtype="float32"')
-        return dtype
+        return dtypes.named(self, name)
 
     def synchronize(self) -> None:
         """Wait until everything that was started on this device is done."""
@@ -298,39 +211,29 @@ class Device:
         """
         if self.kind == "cuda":
             with self:
-                free, total = doctor.load_cupy().cuda.runtime.memGetInfo()
+                free, total = cards.load_cupy().cuda.runtime.memGetInfo()
             return free, total
         if self.kind == "cpu" and (meminfo := Path("/proc/meminfo")).exists():
             kib = {line.split()[0]: int(line.split()[1]) for line in meminfo.read_text().splitlines()}
             return 1024 * kib["MemAvailable:"], 1024 * kib["MemTotal:"]
         raise NotImplementedError(f"the memory of {self} cannot be read here")
 
-    def _available(self) -> tuple[int, int]:
-        """What new arrays may take, and all there is, in bytes: CuPy's pool has some unused, and may have a limit."""
-        free, total = self.memory()
-        if self.kind == "cuda":
-            with self:
-                pool = doctor.load_cupy().get_default_memory_pool()
-                free += pool.free_bytes()
-                free = min(free, pool.get_limit() - pool.used_bytes()) if pool.get_limit() else free
-        return free, total
-
     def empty_cache(self) -> None:
         """Give the memory that CuPy's pool keeps for reuse back to the card, for other programs; arrays in use stay."""
         if self.kind == "cuda":
             with self:
-                doctor.load_cupy().get_default_memory_pool().free_all_blocks()
+                cards.load_cupy().get_default_memory_pool().free_all_blocks()
 
     def __enter__(self) -> Device:
         if self.kind == "cuda":
-            runtime = doctor.load_cupy().cuda.runtime
+            runtime = cards.load_cupy().cuda.runtime
             _entered().append(runtime.getDevice())
             runtime.setDevice(self.index)
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self.kind == "cuda":
-            doctor.load_cupy().cuda.runtime.setDevice(_entered().pop())
+            cards.load_cupy().cuda.runtime.setDevice(_entered().pop())
 
     def __str__(self) -> str:
         if self.kind == "cpu":
@@ -352,50 +255,9 @@ class Device:
     def __deepcopy__(self, memo: object) -> Device:
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self.kind in ("cpu", "cuda"):
-            return select_device, (str(self),)
-        return Device, (self.kind, 0, self._native, self.reason)
-
-
-@contextmanager
-def explained_memory(device: Device, cure: str) -> Iterator[None]:
-    """Running out of memory says how much was asked for, what was free and what to change, and gives back what was taken."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not _is_of_memory(error):
-            raise
-        import traceback
-
-        what = str(error) or "an allocation failed"
-        try:
-            free, total = device._available()
-            there = f"{device} had {free / 2**20:,.0f} MiB free of {total / 2**20:,.0f} MiB; "
-        except NotImplementedError:  # of another namespace, whose own words have to do
-            there = ""
-        # the frames that failed still hold their arrays; without them, the device's pool can be emptied
-        traceback.clear_frames(error.__traceback__)
-        error.__traceback__ = None
-        device.empty_cache()
-        raise MemoryError(f"{what}; {there}{cure}") from None
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Whether memory ran out. torch and JAX say so by a `RuntimeError`: of that name on a GPU, in these words elsewhere."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return any(words in str(error) for words in ("can't allocate memory", "RESOURCE_EXHAUSTED"))
-
-
-def _dlpack_place(x: Any) -> tuple[int, int]:
-    """Where `x` is, as DLPack numbers it: kind and index."""
-    kind, index = x.__dlpack_device__()
-    return int(kind), int(index)
-
 
 @lru_cache
-def _cpu(reason: str = "it was asked for") -> Device:
+def cpu_device(reason: str = "it was asked for") -> Device:
     return Device("cpu", reason=reason)
 
 
@@ -408,56 +270,6 @@ def _entered() -> list[int]:
     return stack
 
 
-def _dtype_name(dtype: Any) -> str:
-    """The name of a dtype that is given as a name, or as a dtype of any namespace and byte order."""
-    if isinstance(dtype, (type, np.dtype)):  # np.float32 and jnp.float32 are classes
-        return np.dtype(dtype).name
-    return dtype if isinstance(dtype, str) else dtype_name(dtype)
-
-
 @lru_cache
-def _cuda_device(index: int, reason: str = "it was asked for") -> Device:
+def cuda_device(index: int, reason: str = "it was asked for") -> Device:
     return Device("cuda", index, reason=reason)
-
-
-def select_device(spec: str | Device = "auto") -> Device:
-    """The device that `spec` names.
-
-    Args:
-        spec: `"auto"`: what the environment variable `ANYARRAY_DEVICE` names, else the working CUDA device with most free
-            memory, chosen once per process, else the CPU; `"cpu"`; `"cuda"`, the current CUDA device; `"cuda:1"`; or a
-            `Device`, returned as it is.
-
-    Returns:
-        A device that works: a CUDA device has run a kernel and a matrix product in this process. `.reason` says in one
-        sentence why it is this one.
-
-    Raises:
-        ValueError: an unknown spec.
-        DeviceUnavailableError: a CUDA device that was asked for, by `ANYARRAY_DEVICE` too, cannot be used. The message
-            says what to do. It never falls back to the CPU.
-
-    >>> select_device("cpu").reason
-    'it was asked for'
-    """
-    if isinstance(spec, Device):
-        return spec
-    origin, reason = "device", "it was asked for"
-    if not isinstance(spec, str):
-        cure = "; for the device of an array, give Device.of(the array)" if is_array(spec) else ""
-        raise ValueError(f'device is {describe(spec)}; expected "auto", "cpu", "cuda", "cuda:1" or a Device{cure}')
-    if spec == "auto" and (asked := os.environ.get("ANYARRAY_DEVICE", "")):
-        spec, origin, reason = asked, "ANYARRAY_DEVICE", f"ANYARRAY_DEVICE is {asked}"
-    if spec == "auto":
-        index, reason = doctor.roomiest()
-        return _cpu(reason) if index is None else _cuda_device(index, reason)
-    if spec == "cpu":
-        return _cpu(reason)
-    wanted = re.fullmatch(r"cuda(?::(\d+))?", spec)
-    if wanted is None:
-        raise ValueError(f'{origin} is {spec!r}; expected "auto", "cpu", "cuda", "cuda:1" (any number) or a Device')
-    last = doctor.examine(int(wanted[1]) if wanted[1] else None)[-1]
-    if not last.ok:
-        by = " (ANYARRAY_DEVICE)" if origin == "ANYARRAY_DEVICE" else ""
-        raise DeviceUnavailableError(f"{spec}{by} cannot be used: {last.found}. {last.cure}") from last.error
-    return _cuda_device(int(wanted[1]) if wanted[1] else doctor.current(), reason)

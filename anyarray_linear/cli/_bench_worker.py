@@ -69,7 +69,7 @@ class _Arrays:
     """Where NumPy arrays, or CuPy arrays on one device, are and how time passes there."""
 
     def __init__(self, device: str) -> None:
-        from ..arrays.device import select_device
+        from ..arrays.selection import select_device
 
         self.device = select_device(device)
         self.library: Any = import_module("numpy" if self.device.index is None else "cupy")

@@ -18,7 +18,7 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 def exit_code_of(app: Any) -> int:
-    """Run a typer app on `sys.argv`, print what the user can mend as one line (code that does it below), and return the exit code."""
+    """Run a typer app on `sys.argv`, print what the user can mend as one line, and return the exit code."""
     warnings.showwarning = _show_warning
     try:
         code = app(standalone_mode=False, prog_name="anyarray-linear")
@@ -39,7 +39,7 @@ def exit_code_of(app: Any) -> int:
 
 
 def _is_a_further_rank() -> bool:
-    from ..distributed.group import launched
+    from ..distributed.launching import launched
 
     return launched()[1] > 0 and any(word.startswith("--distributed") for word in sys.argv)
 

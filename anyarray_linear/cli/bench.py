@@ -33,8 +33,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..arrays import doctor
-from ..arrays.device import Device, select_device
+from ..arrays import cards
+from ..arrays.device import Device
+from ..arrays.selection import select_device
 from ..files.atomic import atomic_write
 from ._bench_worker import BURSTS, COUNTED, DIGITS, cores
 from ._common import StopSignals, bad
@@ -115,7 +116,7 @@ def bench(
         "device": str(place),
         "name": place.name,
         "stand_in": stand_in,
-        "cautions": doctor.cautions(place.index) if place.index is not None else [],
+        "cautions": cards.cautions(place.index) if place.index is not None else [],
         "machine": _machine(),
         "environment": {name: os.environ[name] for name in sorted(os.environ) if re.match(_TELLING, name)},
         "rounds": 0 if stand_in else rounds,

@@ -11,13 +11,14 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..arrays.device import select_device
+from ..arrays.selection import select_device
 from ..datasets import load_features
 from ..files.atomic import atomic_write
-from ..files.checkpoints import CheckpointError, load_model, read_metadata
+from ..files.models import load_model, read_metadata
+from ..files.sealed import CheckpointError
 from ..linear import Linear
 from ..protocol import leaves
-from ..training.fitting import predict as outputs_of
+from ..training import predict as outputs_of
 from ._data import reading_progress
 
 Host = np.ndarray[Any, Any]
@@ -26,7 +27,7 @@ Host = np.ndarray[Any, Any]
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model.safetensors, or the folder of a run.")],
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="A .npz (X) or a .csv (.tsv, .gz) with the features the model was trained on.")
+        Path, typer.Argument(metavar="DATA", help="A .npz (X) or a .csv (.tsv, .gz) with the features of the training.")
     ],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The .csv to write; by default, standard output.")
