@@ -5,7 +5,8 @@ layer: activations, a container that catches the caches, losses, optimizers, a t
 """
 
 from .activations import GELU, ReLU, Sigmoid, SiLU, Tanh
-from .arrays.device import Device, DeviceUnavailableError, select_device
+from .arrays.device import Device
+from .arrays.selection import DeviceUnavailableError, select_device
 from .files import CheckpointError, load_checkpoint, load_model, save_checkpoint, save_model
 from .linear import Linear, LinearGradients, linear_backward, linear_forward
 from .losses import MeanSquaredError, SoftmaxCrossEntropy

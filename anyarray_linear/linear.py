@@ -45,9 +45,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 from .arrays.checks import at_a_glance, check_alike, check_array, check_float, check_shape, describe, surely_alike
-from .arrays.device import Device, explained_memory, select_device
+from .arrays.device import Device
+from .arrays.memory import explained_memory
 from .arrays.pickling import pin, unpin
 from .arrays.place import Array, Namespace, computing_on, device_of
+from .arrays.selection import select_device
 from .initializers import draw_parameters
 from .lanes import lane
 from .protocol import store_gradients

@@ -46,10 +46,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import doctor
+from .arrays import cards, doctor
 from .arrays.checks import check_array, check_shape, describe
-from .arrays.device import Device, DeviceUnavailableError, select_device
+from .arrays.device import Device
 from .arrays.place import Array, computing_on, dtype_name, is_array
+from .arrays.selection import DeviceUnavailableError, select_device
 from .linear import Linear
 from .protocol import leaves, parameters
 
@@ -89,7 +90,7 @@ def gamma(n: int, u: float) -> float:
 
 def _in_tf32(place: Device, dtype: str) -> bool:
     """Whether products of that dtype are formed in TF32 there."""
-    return dtype == "float32" and place.index is not None and doctor.float32_products(place.index) == "TF32"
+    return dtype == "float32" and place.index is not None and cards.float32_products(place.index) == "TF32"
 
 
 class _Product:

@@ -24,18 +24,12 @@ import pytest
 
 import anyarray_linear
 from anyarray_linear import GELU, SGD, Adam, AdamW, Linear, ReLU, Sequential, Sigmoid, SiLU, Tanh
+from anyarray_linear.files import CheckpointError, load_checkpoint, load_model, locks, save_checkpoint, save_model, sealed
 from anyarray_linear.files import atomic as files
-from anyarray_linear.files import checkpoints as checkpoint
-from anyarray_linear.files.atomic import atomic_write, locked
-from anyarray_linear.files.checkpoints import (
-    CheckpointError,
-    checkpoints,
-    load_checkpoint,
-    load_model,
-    read_metadata,
-    save_checkpoint,
-    save_model,
-)
+from anyarray_linear.files.atomic import atomic_write
+from anyarray_linear.files.checkpoints import checkpoints
+from anyarray_linear.files.locks import locked
+from anyarray_linear.files.models import read_metadata
 from anyarray_linear.schedules import cosine
 
 pytest.importorskip("safetensors")
@@ -102,7 +96,7 @@ def resealed(
     del info["sha256"]
     change(info)
     change_tensors(tensors)
-    info["sha256"] = checkpoint._digest(info, tensors)
+    info["sha256"] = sealed._digest(info, tensors)
     return save(tensors, metadata={"anyarray_linear": json.dumps(info)})
 
 
@@ -842,7 +836,7 @@ def test_a_file_larger_than_the_model_is_refused_unread_and_the_one_before_is_us
 def test_a_model_that_shares_a_large_layer_often_is_read(tmp_path: Path) -> None:
     layer = Linear(600, 600, seed=0)  # 2.9 MB, which the file has under each of 40 names
     save_model(Sequential(*[layer] * 40), tmp_path / "m")
-    assert (tmp_path / "m").stat().st_size > checkpoint._SLACK
+    assert (tmp_path / "m").stat().st_size > sealed._SLACK
     assert to_bytes(load_model(tmp_path / "m")) == to_bytes(load_model(tmp_path / "m", into=Sequential(*[Linear(600, 600)] * 40)))
 
 
@@ -980,7 +974,7 @@ def test_names_in_a_folder_that_only_look_like_checkpoints_are_left_alone(tmp_pa
 MEASURE = """
 import resource, sys, time, warnings
 from pathlib import Path
-from anyarray_linear.files.checkpoints import CheckpointError, load_model
+from anyarray_linear.files import CheckpointError, load_model
 import safetensors.numpy, hashlib, json
 if "/proc" and Path("/proc/self/clear_refs").exists():
     Path("/proc/self/clear_refs").write_text("5")
@@ -997,12 +991,12 @@ except CheckpointError as error:
 
 def bombs() -> Iterator[tuple[str, bytes]]:
     """The densest JSON of each kind, in headers as large as they may be."""
-    size = checkpoint._MAX_HEADER
+    size = sealed._MAX_HEADER
     for name, unit in (("lists", b"[],"), ("objects", b"{},"), ("floats", b"1e5,"), ("pairs", b'{"":0},'), ("text", b"aaa")):
-        parsed = sum(cost * unit.count(mark) for mark, cost in checkpoint._PARSED_BYTES.items())
+        parsed = sum(cost * unit.count(mark) for mark, cost in sealed._PARSED_BYTES.items())
         for inside in (False, True):
             unit_here = json.dumps(unit.decode())[1:-1].encode() if inside else unit
-            count = min((size - 200) // len(unit_here), (checkpoint._MAX_PARSED - 5000) // parsed if parsed else size)
+            count = min((size - 200) // len(unit_here), (sealed._MAX_PARSED - 5000) // parsed if parsed else size)
             many = unit_here * count
             if name == "text":
                 yield f"{name}, {inside}", with_header(b'{"__metadata__":{"anyarray_linear":"%b"}}' % many)
@@ -1010,7 +1004,7 @@ def bombs() -> Iterator[tuple[str, bytes]]:
                 yield f"{name}, {inside}", with_header(b'{"__metadata__":{"anyarray_linear":"[%b1]"}}' % many)
             else:
                 yield f"{name}, {inside}", with_header(b'{"a":[%b1]}' % many)
-    keys = b",".join(b'"%x":1' % i for i in range(checkpoint._MAX_PARSED // 129))
+    keys = b",".join(b'"%x":1' % i for i in range(sealed._MAX_PARSED // 129))
     yield "keys, False", with_header(b'{"a":{%b}}' % keys)
     yield "keys, True", with_header(b'{"__metadata__":{"anyarray_linear":"{%b}"}}' % keys.replace(b'"', b'\\"'))
 
@@ -1045,7 +1039,7 @@ def test_a_history_of_many_epochs_fits(tmp_path: Path) -> None:
 
 HOLD = """
 import sys, time
-from anyarray_linear.files.atomic import locked
+from anyarray_linear.files.locks import locked
 with locked(sys.argv[1]):
     print("in", flush=True)
     time.sleep(60)
@@ -1098,7 +1092,7 @@ def test_a_second_thread_is_refused_and_the_same_one_is_not(tmp_path: Path) -> N
 
 def outsider(folder: Path) -> str:
     """What another process is told that wants to write into the folder; nothing if it gets in."""
-    code = "import sys\nfrom anyarray_linear.files.atomic import locked\nwith locked(sys.argv[1]): pass"
+    code = "import sys\nfrom anyarray_linear.files.locks import locked\nwith locked(sys.argv[1]): pass"
     return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True).stderr
 
 
@@ -1114,7 +1108,7 @@ def test_who_copies_the_folder_does_not_let_others_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", [".lock", "the folder"])
 def test_a_lock_of_a_file_that_is_no_longer_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Who had the folder removes its lock, or the folder, after another process has opened the file."""
-    folder, lock, calls = tmp_path / "run", files._lock, []
+    folder, lock, calls = tmp_path / "run", locks._lock, []
 
     def late(descriptor: int) -> None:
         calls.append(descriptor)
@@ -1124,7 +1118,7 @@ def test_a_lock_of_a_file_that_is_no_longer_there_is_none(tmp_path: Path, monkey
                 folder.rmdir()
         lock(descriptor)
 
-    monkeypatch.setattr(files, "_lock", late)
+    monkeypatch.setattr(locks, "_lock", late)
     with locked(folder):
         assert len(calls) == 2
         assert "is writing into this folder" in outsider(folder)
@@ -1133,7 +1127,7 @@ def test_a_lock_of_a_file_that_is_no_longer_there_is_none(tmp_path: Path, monkey
 
 FORKS = """
 import os, sys
-from anyarray_linear.files.atomic import locked
+from anyarray_linear.files.locks import locked
 with locked(sys.argv[1]):
     child = os.fork()
     if child:
@@ -1173,7 +1167,7 @@ WRITER = """
 import sys
 import numpy as np
 from anyarray_linear import Adam, Linear, Sequential
-from anyarray_linear.files.atomic import locked
+from anyarray_linear.files.locks import locked
 from anyarray_linear.files.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 folder, steps = sys.argv[1], int(sys.argv[2])
 model, optimizer, step = Sequential(Linear(40, 50, seed=0), Linear(50, 3, seed=1)), Adam(), 0

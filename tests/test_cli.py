@@ -27,7 +27,8 @@ from anyarray_linear import cli, load_model
 from anyarray_linear.cli import _results, _run, predict, train
 from anyarray_linear.cli._common import StopSignals
 from anyarray_linear.datasets import load_digits, split
-from anyarray_linear.files.checkpoints import checkpoints, read_metadata
+from anyarray_linear.files.checkpoints import checkpoints
+from anyarray_linear.files.models import read_metadata
 from anyarray_linear.testing import usable_devices
 
 ROOT = Path(__file__).parents[1]

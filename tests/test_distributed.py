@@ -28,14 +28,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyarray_linear import SGD, Adam, Linear, Sequential, fit, load_checkpoint
+from anyarray_linear import SGD, Adam, Linear, Sequential, distributed, fit, load_checkpoint
 from anyarray_linear.cli._app import app
 from anyarray_linear.cli._results import show
-from anyarray_linear.distributed import group as distributed
-from anyarray_linear.distributed.group import Group, digest_of_rows
+from anyarray_linear.distributed import Group, RankError, agreement, over_mpi
+from anyarray_linear.distributed.agreement import digest_of_rows
+from anyarray_linear.distributed.launching import fitting_threads
 from anyarray_linear.files.checkpoints import checkpoints
 from anyarray_linear.initializers import layer_seed
-from anyarray_linear.training.fitting import _epoch_order
+from anyarray_linear.training.data import epoch_order
 
 ROOT = Path(__file__).parents[1]
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
@@ -139,7 +140,7 @@ def rounding_bound(dtype):
     W = np.concatenate([np.asarray(model.W, "f8"), np.asarray(model.b, "f8").T], axis=1)
     lr, u, total = options["optimizer"].learning_rate(), np.finfo(dtype).eps / 2, 0.0
     for epoch in range(worker.EPOCHS):
-        order = _epoch_order(layer_seed(worker.SEED), epoch, worker.ROWS)
+        order = epoch_order(layer_seed(worker.SEED), epoch, worker.ROWS)
         for i in range(0, worker.ROWS, worker.BATCH):
             rows = order[i : i + worker.BATCH]
             A = np.concatenate([X[rows], np.ones((len(rows), 1))], axis=1)
@@ -437,7 +438,7 @@ def test_the_digest_of_data_sees_a_single_value_and_not_where_the_data_is(tmp_pa
     X = np.random.default_rng(0).standard_normal((50, 3))
     one = digest_of_rows(X, "float32")
     np.save(tmp_path / "X.npy", X)
-    monkeypatch.setattr(distributed, "_DIGESTED", 160)  # in parts of 3 rows
+    monkeypatch.setattr(agreement, "DIGESTED", 160)  # in parts of 3 rows
     assert digest_of_rows(np.load(tmp_path / "X.npy", mmap_mode="r"), "float32") == one
     for i in range(50):
         other = X.copy()
@@ -446,7 +447,7 @@ def test_the_digest_of_data_sees_a_single_value_and_not_where_the_data_is(tmp_pa
     assert digest_of_rows(X.reshape(25, 6), "float32") != one
     assert digest_of_rows(X + 1e-12, "float32") == one  # training does not see it
 
-    monkeypatch.setattr(distributed, "_DIGESTED", 60)  # 20 rows of the 50
+    monkeypatch.setattr(agreement, "DIGESTED", 60)  # 20 rows of the 50
     seen = [digest_of_rows(X + (np.arange(50) == i)[:, None], "float64") for i in range(50)]
     same = seen.count(digest_of_rows(X, "float64"))
     assert same == 30
@@ -462,7 +463,7 @@ def test_what_is_no_group_is_refused(group):
 def test_ranks_that_waited_too_long_for_each_other_and_answer_are_told_what_to_change():
     """Whoever took too long has come by the time at which the others ask: nobody is silent, nobody can be named."""
 
-    class Late(distributed._MPI):
+    class Late(over_mpi.MPIGroup):
         def __init__(self):
             self._comm, self._session, self._news, self.timeout = None, 0, {}, 3.0
             self.base = SimpleNamespace(Idup=lambda: (None, None))
@@ -474,8 +475,8 @@ def test_ranks_that_waited_too_long_for_each_other_and_answer_are_told_what_to_c
             return ()
 
     words = r"not ready within 3 s, and nobody can tell which.*timeout"
-    with pytest.raises(distributed.RankError, match=words) as caught, Late().running():
-        raise distributed._Late
+    with pytest.raises(RankError, match=words) as caught, Late().running():
+        raise over_mpi.Late
     assert caught.value.ranks == ()
 
 
@@ -675,7 +676,7 @@ def test_more_blas_threads_than_cores_are_warned_of_once(tmp_path):
     ],
 )
 def test_the_threads_that_fit(seats, fitting):
-    assert distributed._fitting_threads(seats) == fitting
+    assert fitting_threads(seats) == fitting
 
 
 def test_without_mpi4py_the_command_says_what_to_install(tmp_path):

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 from anyarray_linear import DeviceUnavailableError, select_device
-from anyarray_linear.arrays import doctor
+from anyarray_linear.arrays import cards, doctor, remedies
 
 HAS_CUPY = importlib.util.find_spec("cupy") is not None
 
@@ -89,14 +89,14 @@ class Imitation:
 
 
 @pytest.fixture
-def cards(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Imitation]:
-    """Installs an imitation of CuPy with cards of these amounts of free memory: `cards(10, 20)`."""
+def imitated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Imitation]:
+    """Installs an imitation of CuPy with cards of these amounts of free memory: `imitated(10, 20)`."""
 
     def install(*free: int) -> Imitation:
         imitation = Imitation(*free)
-        monkeypatch.setattr(doctor, "load_cupy", lambda: imitation)
+        monkeypatch.setattr(cards, "load_cupy", lambda: imitation)
         monkeypatch.setattr(doctor, "_packages", lambda: "cupy-cuda13x 14.2.0")
-        monkeypatch.setattr(doctor, "_distributions", lambda: ["cupy-cuda13x"])
+        monkeypatch.setattr(remedies, "installed", lambda: ["cupy-cuda13x"])
         return imitation
 
     return install
@@ -118,7 +118,7 @@ def refusal(spec: str = "cuda") -> DeviceUnavailableError:
 
 def elsewhere(code: str, *launcher: str, **environment: str) -> str:
     """What this code prints in a process of its own, in an environment with these variables."""
-    code = "from anyarray_linear import *\nfrom anyarray_linear.arrays import doctor\n" + textwrap.dedent(code)
+    code = "from anyarray_linear import *\nfrom anyarray_linear.arrays import cards, doctor\n" + textwrap.dedent(code)
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("ANYARRAY_", "CUDA_"))}
     paths = [str(Path(doctor.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
@@ -143,7 +143,7 @@ REFUSED = """
 @pytest.fixture(scope="module")
 def stand_in() -> None:
     """Skips where CuPy is not the CPU stand-in, whose switches make the conditions."""
-    if "cupy-cpu-emulated" not in doctor._distributions():
+    if "cupy-cpu-emulated" not in remedies.installed():
         pytest.skip("needs the switches of the CuPy CPU stand-in")
 
 
@@ -172,10 +172,10 @@ def test_without_cupy_an_explicit_request_says_so_and_how_to_install_it() -> Non
 def test_the_extra_to_install_follows_from_the_driver(
     driver: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_distributions", list)
+    monkeypatch.setattr(remedies, "installed", list)
     monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(doctor, "_driver_version", lambda: driver)
-    monkeypatch.setattr(doctor, "_in_container", lambda: False)
+    monkeypatch.setattr(remedies, "driver_version", lambda: driver)
+    monkeypatch.setattr(remedies, "in_container", lambda: False)
     message = str(refusal())
     assert "CuPy is not installed" in message
     assert expected in message
@@ -192,21 +192,21 @@ def test_several_cupy_packages_are_named_with_the_command_that_leaves_one(
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package.replace('_', '-')}\nVersion: 14.2.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(doctor, "_driver_version", lambda: 12080)
+    monkeypatch.setattr(remedies, "driver_version", lambda: 12080)
     message = str(refusal())
-    names = [name for name in ("cupy-cpu-emulated", "cupy-cuda12x", "cupy-cuda13x") if name in doctor._distributions()]
+    names = [name for name in ("cupy-cpu-emulated", "cupy-cuda12x", "cupy-cuda13x") if name in remedies.installed()]
     assert f"{len(names)} CuPy packages are installed at once ({', '.join(names)})" in message
     assert f'pip uninstall -y {" ".join(names)} && pip install "anyarray_linear[cuda12]".' in message
     assert [step.name for step in doctor.examine()] == ["packages"]  # a mixture is not even imported
 
 
 def test_a_package_that_only_sounds_like_cupy_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = doctor._distributions()
+    before = remedies.installed()
     folder = tmp_path / "cupy_plugin-1.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: cupy-plugin\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert doctor._distributions() == before
+    assert remedies.installed() == before
 
 
 # The kernel cache ---------------------------------------------------------------------------------------------------
@@ -230,8 +230,8 @@ def test_a_read_only_kernel_cache_is_named_with_its_variable(is_there: bool, tmp
 @pytest.mark.parametrize(
     "error", [PermissionError(13, "Permission denied", "/c"), OSError(30, "Read-only file system", "/c")]
 )
-def test_an_unwritable_cache_of_any_kind_is_recognised(error: OSError, cards: Callable[..., Imitation]) -> None:
-    cards(10).fault = raising(error)
+def test_an_unwritable_cache_of_any_kind_is_recognised(error: OSError, imitated: Callable[..., Imitation]) -> None:
+    imitated(10).fault = raising(error)
     message = refusal()
     assert "CUPY_CACHE_DIR" in str(message)
     assert message.__cause__ is error
@@ -241,9 +241,9 @@ def test_an_unwritable_cache_of_any_kind_is_recognised(error: OSError, cards: Ca
 
 
 def test_a_real_cupy_without_a_driver_says_that_there_is_none() -> None:
-    if not HAS_CUPY or "cupy-cpu-emulated" in doctor._distributions() or doctor._driver_version():
+    if not HAS_CUPY or "cupy-cpu-emulated" in remedies.installed() or remedies.driver_version():
         pytest.skip("needs a CuPy wheel for CUDA on a machine without a driver")
-    if len(doctor._distributions()) > 1:
+    if len(remedies.installed()) > 1:
         pytest.skip("needs one CuPy package")
     message = elsewhere(REFUSED)
     assert message.startswith("cuda cannot be used: there is no NVIDIA driver. ")
@@ -252,26 +252,26 @@ def test_a_real_cupy_without_a_driver_says_that_there_is_none() -> None:
 
 @pytest.mark.parametrize(("is_container", "cure"), [(False, "nvidia.com/drivers"), (True, "docker run --gpus all")])
 def test_no_driver_has_the_cure_of_its_place(
-    is_container: bool, cure: str, cards: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch
+    is_container: bool, cure: str, imitated: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cards(10).runtime.driverGetVersion = lambda: 0
-    monkeypatch.setattr(doctor, "_in_container", lambda: is_container)
+    imitated(10).runtime.driverGetVersion = lambda: 0
+    monkeypatch.setattr(remedies, "in_container", lambda: is_container)
     message = str(refusal())
     assert "there is no NVIDIA driver. " in message
     assert cure in message
 
 
 @pytest.mark.parametrize(("driver", "has_older"), [(12080, True), (11040, False)])
-def test_a_driver_too_old_is_told_from_none(driver: int, has_older: bool, cards: Callable[..., Imitation]) -> None:
-    cards(10).runtime.driverGetVersion = lambda: driver
+def test_a_driver_too_old_is_told_from_none(driver: int, has_older: bool, imitated: Callable[..., Imitation]) -> None:
+    imitated(10).runtime.driverGetVersion = lambda: driver
     message = str(refusal())
     assert f"too old: it supports CUDA {driver // 1000}.{driver % 1000 // 10} and this CuPy needs 13.0" in message
     assert "Update it" in message
     assert ('pip uninstall -y cupy-cuda13x && pip install "anyarray_linear[cuda12]"' in message) == has_older
 
 
-def test_an_older_driver_of_the_same_major_version_will_do(cards: Callable[..., Imitation]) -> None:
-    assert (cards(10).runtime.driverGetVersion(), cards(10).runtime.runtimeGetVersion()) == (13000, 13020)
+def test_an_older_driver_of_the_same_major_version_will_do(imitated: Callable[..., Imitation]) -> None:
+    assert (imitated(10).runtime.driverGetVersion(), imitated(10).runtime.runtimeGetVersion()) == (13000, 13020)
     assert select_device("cuda").kind == "cuda"
 
 
@@ -297,12 +297,12 @@ def test_no_device_at_all_is_told_from_hidden_ones(stand_in: None) -> None:
     [(True, "docker run --gpus all ..., or podman run --device nvidia.com/gpu=all"), (False, "nvidia-smi -L")],
 )
 def test_a_container_without_cards_gets_the_flag(
-    is_container: bool, cure: str, cards: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch
+    is_container: bool, cure: str, imitated: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    imitation = cards()
+    imitation = imitated()
     error = imitation.CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
     imitation.runtime.getDeviceCount = raising(error)
-    monkeypatch.setattr(doctor, "_in_container", lambda: is_container)
+    monkeypatch.setattr(remedies, "in_container", lambda: is_container)
     refused = refusal()
     assert cure in str(refused)
     assert refused.__cause__ is error
@@ -316,8 +316,8 @@ def test_an_index_out_of_range_lists_what_is_there(stand_in: None) -> None:
     assert "CUDA_VISIBLE_DEVICES=1 hides others" in message
 
 
-def test_an_index_out_of_range_lists_what_is_there_on_the_imitation(cards: Callable[..., Imitation]) -> None:
-    cards(10)
+def test_an_index_out_of_range_lists_what_is_there_on_the_imitation(imitated: Callable[..., Imitation]) -> None:
+    imitated(10)
     assert "there is no cuda:1, only cuda:0 (Imitation). Ask for one of these." in str(refusal("cuda:1"))
 
 
@@ -325,9 +325,9 @@ def test_an_index_out_of_range_lists_what_is_there_on_the_imitation(cards: Calla
 
 
 def test_a_real_cupy_without_its_toolkit_names_the_missing_library() -> None:
-    if not HAS_CUPY or "cupy-cpu-emulated" in doctor._distributions():
+    if not HAS_CUPY or "cupy-cpu-emulated" in remedies.installed():
         pytest.skip("needs a CuPy wheel for CUDA without the [ctk] extra")
-    if len(doctor._distributions()) > 1:
+    if len(remedies.installed()) > 1:
         pytest.skip("needs one CuPy package")
     import cupy
 
@@ -335,7 +335,7 @@ def test_a_real_cupy_without_its_toolkit_names_the_missing_library() -> None:
         try:
             call()
         except Exception as error:
-            sentence, cure = doctor.explain(error)
+            sentence, cure = remedies.explain(error)
         else:
             pytest.skip("the toolkit is installed here")
         assert sentence.startswith(f"a part of the CUDA toolkit is missing: lib{library}")
@@ -350,8 +350,8 @@ def test_a_real_cupy_without_its_toolkit_names_the_missing_library() -> None:
         ImportError("libcublas.so.13: cannot open shared object file: No such file or directory"),
     ],
 )
-def test_a_missing_library_is_installed_with_the_ctk_extra(error: Exception, cards: Callable[..., Imitation]) -> None:
-    cards(10).fault = raising(error)
+def test_a_missing_library_is_installed_with_the_ctk_extra(error: Exception, imitated: Callable[..., Imitation]) -> None:
+    imitated(10).fault = raising(error)
     refused = refusal()
     assert "a part of the CUDA toolkit is missing: lib" in str(refused)
     assert 'pip install "cupy-cuda13x[ctk]"' in str(refused)
@@ -367,15 +367,15 @@ def test_a_missing_library_is_installed_with_the_ctk_extra(error: Exception, car
         "CUBLAS_STATUS_ARCH_MISMATCH",
     ],
 )
-def test_a_card_that_cupy_has_no_code_for(text: str, cards: Callable[..., Imitation]) -> None:
-    cards(10).fault = raising(RuntimeError(text))
+def test_a_card_that_cupy_has_no_code_for(text: str, imitated: Callable[..., Imitation]) -> None:
+    imitated(10).fault = raising(RuntimeError(text))
     message = str(refusal())
     assert "this CuPy has no code for this card" in message
     assert 'pip install "anyarray_linear[cuda12]"' in message
 
 
-def test_too_little_memory_says_so_and_is_not_kept(cards: Callable[..., Imitation]) -> None:
-    imitation = cards(10)
+def test_too_little_memory_says_so_and_is_not_kept(imitated: Callable[..., Imitation]) -> None:
+    imitation = imitated(10)
     imitation.fault = raising(MemoryError("Out of memory allocating 512 bytes"))
     message = str(refusal())
     assert "the card has too little free memory (MemoryError: Out of memory allocating 512 bytes)" in message
@@ -393,9 +393,9 @@ def test_too_little_memory_on_the_stand_in(limits: dict[str, str], stand_in: Non
 
 @pytest.mark.parametrize("what", ["an elementwise kernel", "a matrix product"])
 def test_a_wrong_result_is_not_accepted(
-    what: str, cards: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch
+    what: str, imitated: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    imitation = cards(10)
+    imitation = imitated(10)
     if "kernel" in what:
         monkeypatch.setattr(imitation, "ElementwiseKernel", lambda *signature: lambda x: 2 * x)
     else:
@@ -405,17 +405,17 @@ def test_a_wrong_result_is_not_accepted(
     assert "ECC" in message
 
 
-def test_an_unknown_failure_keeps_its_own_words(cards: Callable[..., Imitation]) -> None:
+def test_an_unknown_failure_keeps_its_own_words(imitated: Callable[..., Imitation]) -> None:
     error = RuntimeError("cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy or unavailable")
-    cards(10).fault = raising(error)
+    imitated(10).fault = raising(error)
     refused = refusal()
     assert "CuPy fails (RuntimeError: cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy" in str(refused)
     assert refused.__cause__ is error
 
 
-def test_a_broken_import_says_so(cards: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch) -> None:
-    cards(10)
-    monkeypatch.setattr(doctor, "load_cupy", raising(ImportError("numpy.core.multiarray failed to import")))
+def test_a_broken_import_says_so(imitated: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch) -> None:
+    imitated(10)
+    monkeypatch.setattr(cards, "load_cupy", raising(ImportError("numpy.core.multiarray failed to import")))
     message = str(refusal())
     assert "importing CuPy fails (ImportError: numpy.core.multiarray failed to import)" in message
     assert 'pip install --force-reinstall "cupy-cuda13x[ctk]"' in message
@@ -424,8 +424,8 @@ def test_a_broken_import_says_so(cards: Callable[..., Imitation], monkeypatch: p
 # Choosing -----------------------------------------------------------------------------------------------------------
 
 
-def test_auto_takes_the_roomiest_card_and_keeps_it(cards: Callable[..., Imitation]) -> None:
-    imitation = cards(10, 30, 20)
+def test_auto_takes_the_roomiest_card_and_keeps_it(imitated: Callable[..., Imitation]) -> None:
+    imitation = imitated(10, 30, 20)
     device = select_device()
     assert (str(device), device.reason) == ("cuda:1", "cuda:1 works and had the most free memory of 3 CUDA devices")
     imitation.runtime.memGetInfo = lambda: (100 - imitation.current, 100)  # now card 0 is the roomiest
@@ -433,34 +433,34 @@ def test_auto_takes_the_roomiest_card_and_keeps_it(cards: Callable[..., Imitatio
     assert imitation.kernels_run == 1  # neither card 0 nor card 2 was bothered
 
 
-def test_auto_passes_over_a_card_that_does_not_work(cards: Callable[..., Imitation]) -> None:
+def test_auto_passes_over_a_card_that_does_not_work(imitated: Callable[..., Imitation]) -> None:
     def broken(index: int) -> None:
         if index == 1:
             raise RuntimeError("cudaErrorECCUncorrectable")
 
-    cards(10, 30, 20).fault = broken
+    imitated(10, 30, 20).fault = broken
     assert str(select_device()) == "cuda:2"
     assert "cudaErrorECCUncorrectable" in str(refusal("cuda:1"))
 
 
-def test_auto_without_a_working_card_is_the_cpu_and_says_why(cards: Callable[..., Imitation]) -> None:
-    cards(10, 30).fault = raising(RuntimeError("cudaErrorECCUncorrectable"))
+def test_auto_without_a_working_card_is_the_cpu_and_says_why(imitated: Callable[..., Imitation]) -> None:
+    imitated(10, 30).fault = raising(RuntimeError("cudaErrorECCUncorrectable"))
     device = select_device()
     assert device.kind == "cpu"
     assert device.reason == "CUDA cannot be used: CuPy fails (RuntimeError: cudaErrorECCUncorrectable)"
 
 
-def test_cuda_is_the_current_device(cards: Callable[..., Imitation]) -> None:
-    imitation = cards(10, 30)
+def test_cuda_is_the_current_device(imitated: Callable[..., Imitation]) -> None:
+    imitation = imitated(10, 30)
     assert str(select_device("cuda")) == "cuda:0"
     with imitation.computing_on(1):
         assert str(select_device("cuda")) == "cuda:1"
 
 
 def test_the_variable_is_as_explicit_as_an_argument(
-    cards: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch
+    imitated: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cards(10, 30)
+    imitated(10, 30)
     monkeypatch.setenv("ANYARRAY_DEVICE", "cuda:0")
     assert (str(select_device()), select_device().reason) == ("cuda:0", "ANYARRAY_DEVICE is cuda:0")
     assert str(select_device("cuda:1")) == "cuda:1"
@@ -481,8 +481,8 @@ def test_the_variable_cpu_spares_the_examination(monkeypatch: pytest.MonkeyPatch
     assert not doctor._known
 
 
-def test_many_threads_examine_a_card_once(cards: Callable[..., Imitation]) -> None:
-    imitation, start, chosen = cards(10), threading.Barrier(8), []
+def test_many_threads_examine_a_card_once(imitated: Callable[..., Imitation]) -> None:
+    imitation, start, chosen = imitated(10), threading.Barrier(8), []
     imitation.fault = lambda index: time.sleep(0.05)  # long enough for all of them to come in between
 
     def ask() -> None:
@@ -498,8 +498,8 @@ def test_many_threads_examine_a_card_once(cards: Callable[..., Imitation]) -> No
     assert imitation.kernels_run == 1
 
 
-def test_a_failure_is_kept_too(cards: Callable[..., Imitation]) -> None:
-    imitation = cards(10)
+def test_a_failure_is_kept_too(imitated: Callable[..., Imitation]) -> None:
+    imitation = imitated(10)
     imitation.fault = raising(RuntimeError("first"))
     assert "first" in str(refusal())
     imitation.fault = raising(RuntimeError("second"))
@@ -507,8 +507,8 @@ def test_a_failure_is_kept_too(cards: Callable[..., Imitation]) -> None:
     assert imitation.kernels_run == 1
 
 
-def test_steps_end_with_the_first_failure(cards: Callable[..., Imitation]) -> None:
-    cards(10).fault = raising(RuntimeError("broken"))
+def test_steps_end_with_the_first_failure(imitated: Callable[..., Imitation]) -> None:
+    imitated(10).fault = raising(RuntimeError("broken"))
     steps = doctor.examine()
     assert [step.name for step in steps] == ["packages", "import", "driver", "devices", "device", "kernel"]
     assert [step.ok for step in steps] == [True] * 5 + [False]
@@ -520,7 +520,7 @@ def test_steps_end_with_the_first_failure(cards: Callable[..., Imitation]) -> No
 
 @pytest.mark.parametrize(("setting", "expected"), [("0", "float32"), ("1", "TF32")])
 def test_tf32_is_reported_as_cupy_has_it(setting: str, expected: str, stand_in: None) -> None:
-    code = 'select_device("cuda:1"); print(doctor.float32_products(1), *doctor.cautions(1))'
+    code = 'select_device("cuda:1"); print(cards.float32_products(1), *cards.cautions(1))'
     found = elsewhere(code, CUPY_TF32=setting)
     assert found.startswith(expected)
     assert ("cuda:1 multiplies float32 matrices in TF32 (CUPY_TF32 is set)" in found) == (expected == "TF32")
@@ -528,12 +528,12 @@ def test_tf32_is_reported_as_cupy_has_it(setting: str, expected: str, stand_in: 
 
 @pytest.mark.parametrize(("ratio", "warns"), [(1, False), (2, False), (32, True), (64, True)])
 def test_a_slow_float64_is_warned_of(
-    ratio: int, warns: bool, cards: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch
+    ratio: int, warns: bool, imitated: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cards(10).runtime.deviceGetAttribute = lambda attribute, index: {87: ratio}[attribute]
-    monkeypatch.setattr(doctor, "float32_products", lambda index: "float32")
+    imitated(10).runtime.deviceGetAttribute = lambda attribute, index: {87: ratio}[attribute]
+    monkeypatch.setattr(cards, "float32_products", lambda index: "float32")
     expected = f"cuda:0 (Imitation) computes float64 at 1/{ratio} of its float32 rate"
-    assert [caution.split(";")[0] for caution in doctor.cautions(0)] == [expected] * warns
+    assert [caution.split(";")[0] for caution in cards.cautions(0)] == [expected] * warns
 
 
 # The command --------------------------------------------------------------------------------------------------------
@@ -551,12 +551,12 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     app = typer.Typer()
     app.command()(devices)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(doctor, "float32_products", lambda index: "float32")
+    monkeypatch.setattr(cards, "float32_products", lambda index: "float32")
     return lambda *arguments: CliRunner().invoke(app, arguments)
 
 
-def test_devices_lists_what_works(command: Callable[..., Any], cards: Callable[..., Imitation]) -> None:
-    imitation = cards(10 * 2**30, 30 * 2**30)
+def test_devices_lists_what_works(command: Callable[..., Any], imitated: Callable[..., Imitation]) -> None:
+    imitation = imitated(10 * 2**30, 30 * 2**30)
     imitation.runtime.memGetInfo = lambda: (3 * 2**30, 8 * 2**30)
 
     def broken(index: int) -> None:
@@ -570,8 +570,8 @@ def test_devices_lists_what_works(command: Callable[..., Any], cards: Callable[.
     assert "cuda:0" not in result.stdout
 
 
-def test_devices_as_json(command: Callable[..., Any], cards: Callable[..., Imitation]) -> None:
-    cards(10, 30).runtime.deviceGetAttribute = lambda attribute, index: 64
+def test_devices_as_json(command: Callable[..., Any], imitated: Callable[..., Imitation]) -> None:
+    imitated(10, 30).runtime.deviceGetAttribute = lambda attribute, index: 64
     report = json.loads(command("--json").stdout)
     assert [row["device"] for row in report["devices"]] == ["cpu", "cuda:0", "cuda:1"]
     expected = {"name": "Imitation", "compute_capability": "9.0", "memory_free": 30, "memory_total": 100}
@@ -585,14 +585,14 @@ def test_devices_as_json(command: Callable[..., Any], cards: Callable[..., Imita
     "arguments", [("--device", "cuda"), ("--doctor", "--device", "cuda"), ("--json", "--device", "cuda:0")]
 )
 def test_devices_exits_with_1_when_cuda_is_asked_for_and_unusable(
-    arguments: tuple[str, ...], command: Callable[..., Any], cards: Callable[..., Imitation]
+    arguments: tuple[str, ...], command: Callable[..., Any], imitated: Callable[..., Imitation]
 ) -> None:
-    cards(10).fault = raising(RuntimeError('Failure finding "libnvrtc.so.13"'))
+    imitated(10).fault = raising(RuntimeError('Failure finding "libnvrtc.so.13"'))
     assert command(*arguments).exit_code == 1
 
 
-def test_the_doctor_shows_each_step_and_the_cure(command: Callable[..., Any], cards: Callable[..., Imitation]) -> None:
-    cards(10).fault = raising(RuntimeError('Failure finding "libnvrtc.so.13"'))
+def test_the_doctor_shows_each_step_and_the_cure(command: Callable[..., Any], imitated: Callable[..., Imitation]) -> None:
+    imitated(10).fault = raising(RuntimeError('Failure finding "libnvrtc.so.13"'))
     result = command("--doctor")
     assert result.exit_code == 0  # CUDA was not asked for
     for step in ("packages", "import", "driver", "devices", "device", "kernel"):
@@ -603,9 +603,9 @@ def test_the_doctor_shows_each_step_and_the_cure(command: Callable[..., Any], ca
 
 
 def test_the_doctor_heeds_the_variable(
-    command: Callable[..., Any], cards: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch
+    command: Callable[..., Any], imitated: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cards().runtime.driverGetVersion = lambda: 0
+    imitated().runtime.driverGetVersion = lambda: 0
     monkeypatch.setenv("ANYARRAY_DEVICE", "cuda")
     assert command("--doctor").exit_code == 1
 

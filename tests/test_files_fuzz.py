@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from anyarray_linear import SGD, Adam, Linear, NonFiniteError, Sequential, SoftmaxCrossEntropy, Tanh, fit
-from anyarray_linear.files import checkpoints as checkpoint
-from anyarray_linear.files.checkpoints import CheckpointError, load_checkpoint, load_model, read_metadata, save_checkpoint
+from anyarray_linear.files import CheckpointError, load_checkpoint, load_model, save_checkpoint, sealed
+from anyarray_linear.files.models import read_metadata
 
 pytest.importorskip("safetensors")
 
@@ -96,7 +96,7 @@ def reseal(data: bytearray, rng: random.Random) -> None:
     else:
         node[key] = rng.choice([*VALUES, rng.choice(places)[0]])
     try:
-        info["sha256"] = checkpoint._digest(info, load(bytes(data)))
+        info["sha256"] = sealed._digest(info, load(bytes(data)))
         header["__metadata__"]["anyarray_linear"] = json.dumps(info)
     except ValueError:  # a node within itself
         return

@@ -25,8 +25,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from anyarray_linear import Device, DeviceUnavailableError, load_model, predict, save_model
 from anyarray_linear.datasets import load_digits
-from anyarray_linear.interop import sklearn as module
-from anyarray_linear.interop.sklearn import LinearNetClassifier, LinearNetRegressor
+from anyarray_linear.interop.sklearn import LinearNetClassifier, LinearNetRegressor, classifier, regressor
 
 ESTIMATORS = [LinearNetClassifier, LinearNetRegressor]
 ABSENT = ("requires cuda", "XPU device", "MPS device")  # what check_estimator says of hardware that is not here
@@ -84,7 +83,8 @@ def test_every_check_of_scikit_learn_passes(estimator, options):
         assert importlib.util.find_spec(library) is None if is_missing else any(part in why for part in ABSENT), why
 
 
-def test_the_doctests():
+@pytest.mark.parametrize("module", [classifier, regressor])
+def test_the_doctests(module):
     assert doctest.testmod(module).failed == 0
     assert doctest.testmod(module).attempted > 0
 
@@ -240,7 +240,7 @@ def test_partial_fit_orders_the_samples_anew_each_time(line):
     seen = []
     model = LinearNetRegressor((), random_state=0, batch_size=1, learning_rate_init=1e-9, solver="sgd", momentum=0.0)
 
-    class Noting(module.MeanSquaredError):
+    class Noting(regressor.MeanSquaredError):
         def forward(self, Z, target):
             seen.append(float(target[0]))
             return super().forward(Z, target)
@@ -266,6 +266,84 @@ def test_partial_fit_refuses_what_does_not_fit(digits, line):
         LinearNetRegressor(early_stopping=True).partial_fit(*line)
     with pytest.raises(ValueError, match=r"y has shape \(200, 2\), but it must be \(200,\), as before"):
         LinearNetRegressor().partial_fit(*line).partial_fit(line[0], np.c_[line[1], line[1]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As MLPClassifier has it
+
+
+@pytest.mark.parametrize("sizes", [(), (7,), (7, 5)])
+def test_scikit_learns_own_network_computes_the_same_from_coefs_and_intercepts(digits, line, sizes):
+    X, _, y, _ = digits
+    ours = made(LinearNetClassifier, X, y, hidden_layer_sizes=sizes, activation="tanh", max_iter=2)
+    theirs = MLPClassifier(sizes, activation="tanh", max_iter=1, random_state=0).fit(X, y)
+    assert [W.shape for W in ours.coefs_] == [W.shape for W in theirs.coefs_]
+    assert [b.shape for b in ours.intercepts_] == [b.shape for b in theirs.intercepts_]
+    theirs.coefs_, theirs.intercepts_ = ours.coefs_, ours.intercepts_
+    np.testing.assert_allclose(theirs.predict_proba(X), ours.predict_proba(X), rtol=1e-9, atol=1e-12)
+    assert ours.loss_ == ours.loss_curve_[-1]
+    for name in ("coefs_", "intercepts_", "loss_"):
+        assert not hasattr(LinearNetClassifier(), name), "only once it is fitted"
+
+
+def test_a_warm_start_goes_on_from_the_weights_there_are(digits):
+    X, _, y, _ = digits
+    options = {"hidden_layer_sizes": (9,), "batch_size": 50, "solver": "sgd", "momentum": 0.0, "learning_rate_init": 0.05}
+    model = made(LinearNetClassifier, X / 16, y, max_iter=6, warm_start=True, **options)
+    kept, curve = [W.copy() for W in model.coefs_], list(model.loss_curve_)
+    model.set_params(learning_rate_init=1e-12, max_iter=2).fit(X / 16, y)
+    for W, before in zip(model.coefs_, kept, strict=True):
+        np.testing.assert_allclose(W, before, atol=1e-9)
+    assert model.loss_curve_[:6] == curve
+    assert model.n_iter_ == len(model.loss_curve_) == 8
+    model.set_params(warm_start=False).fit(X / 16, y)
+    assert model.n_iter_ == 2
+    assert not np.allclose(model.coefs_[0], kept[0])
+
+
+def test_a_warm_start_of_something_else_is_refused_and_nothing_is_fitted(digits, line):
+    X, _, y, _ = digits
+    model = made(LinearNetClassifier, X, y, max_iter=1, warm_start=True)
+    with pytest.raises(ValueError, match=r"hidden_layer_sizes is \(3,\), but warm_start=True goes on with a model whose"):
+        model.set_params(hidden_layer_sizes=(3,)).fit(X, y)
+    with pytest.raises(NotFittedError):
+        model.predict(X)
+    model = made(LinearNetClassifier, X, y, max_iter=1, warm_start=True)
+    with pytest.raises(ValueError, match=r"y has the classes \[0, 1, 2\], but warm_start=True goes on with a model for \[0, 1, 2, 3"):
+        model.fit(X[y < 3], y[y < 3])
+    model = made(LinearNetRegressor, *line, max_iter=1, warm_start=True)
+    with pytest.raises(ValueError, match="features"):
+        model.fit(line[0][:, 1:], line[1])
+
+
+def test_the_first_weights_are_what_init_says(line):
+    X, y = line
+    model = made(LinearNetRegressor, X, y, init="zeros", hidden_layer_sizes=(), learning_rate_init=1e-12, max_iter=1)
+    assert np.abs(model.coefs_[0]).max() < 1e-9
+    model = made(LinearNetRegressor, X, y, init=lambda rng, shape: np.full(shape, 0.25), learning_rate_init=1e-12, max_iter=1)
+    np.testing.assert_allclose(model.coefs_[1], 0.25, atol=1e-9)
+    with pytest.raises(ValueError, match="init is 'best'; the names are"):
+        LinearNetRegressor(init="best").fit(X, y)
+
+
+@pytest.mark.usefixtures("_dispatch")
+def test_scikit_learns_move_estimator_to_moves_the_model(backend, digits):
+    move = pytest.importorskip("sklearn.utils._array_api")
+    if not hasattr(move, "move_estimator_to"):
+        pytest.skip("this scikit-learn has no move_estimator_to")
+    if backend.name in ("jax", "strictest"):
+        pytest.skip("scikit-learn itself does not take these")
+    X, X_test, y, _ = digits
+    there = backend.asarray(X, "float64")
+    model = made(LinearNetClassifier, there, backend.asarray(y), max_iter=2)
+    expected = backend.to_numpy(model.predict_proba(backend.asarray(X_test, "float64")))
+    moved = move.move_estimator_to(model, np, "cpu")
+    np.testing.assert_allclose(moved.predict_proba(X_test), expected, atol=1e-9)
+    moved.partial_fit(X, y)
+    model.partial_fit(there, backend.asarray(y))
+    np.testing.assert_allclose(moved.coefs_[0], backend.to_numpy(model.model_[0].W).T, atol=1e-9)
+    assert model.n_iter_ == moved.n_iter_ == 3
+    assert backend.owns(model.coefs_[0])
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ from anyarray_linear import (
     linear_backward,
     linear_forward,
 )
+from anyarray_linear.guard import Guard
 from anyarray_linear.schedules import cosine
-from anyarray_linear.training.fitting import _Guard
 
 on_cuda = pytest.mark.parametrize("backend", ["cupy:0", "cupy:1"], indirect=True)
 dtypes = pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -607,7 +607,7 @@ def test_a_rule_of_the_users_own_keeps_its_own_formula():
 @pytest.mark.parametrize("allowed", [0, 1, 2])
 def test_the_guard_keeps_the_books_of_the_portable_definition(backend, dtype, allowed):
     def judged():
-        guard, answers = _Guard(backend.device, np.dtype(dtype), allowed), []
+        guard, answers = Guard(backend.device, np.dtype(dtype), allowed), []
         for step in range(1, 9):
             value, gradients = np.asarray(step, dtype), [random(4, 3, dtype=dtype), random(600, 700, dtype=dtype)]
             if step == 2:

@@ -308,7 +308,7 @@ def test_compare_allows_what_tf32_rounds_away_where_it_is_on_and_only_there(tf32
     code = """
 import numpy as np
 from spoiled import Spoiled
-from anyarray_linear.arrays import doctor
+from anyarray_linear.arrays import cards
 from anyarray_linear.testing import adjoint_check, compare, linear_error_bounds
 rng = np.random.default_rng(0)
 X, W, dZ = (rng.standard_normal(shape).astype(np.float32) for shape in ((6, 512), (7, 512), (6, 7)))
@@ -316,7 +316,7 @@ exact, tf32 = (linear_error_bounds(X, W, dZ=dZ, sharp=True, tf32=on)["Z"][0, 0] 
 layer = Spoiled.from_arrays(W).to("cuda:0")
 layer.spoil = ("Z", (0, 0), 3 * exact)
 assert 100 * exact < tf32
-print(doctor.float32_products(0), [bool(a.complaint) for a in compare(layer, X, dZ, "cuda:0", sharp=True)])
+print(cards.float32_products(0), [bool(a.complaint) for a in compare(layer, X, dZ, "cuda:0", sharp=True)])
 """
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUPY_TF32": str(int(tf32))}

@@ -1,21 +1,14 @@
 """Devices: where arrays live, how they get there, and how to compute there.
 
-A `Device` is a namespace (NumPy, CuPy, torch, ...) and a place in it. `select_device` finds the one a user asks for,
-`Device.of` the one an array is on. What this module promises:
-
-- a CUDA device that `select_device` hands out has proved that it works (see `doctor`), it was not merely counted;
-- an explicit request for CUDA never ends on the CPU: it raises `DeviceUnavailableError`, which says what to do;
-- importing it loads no array library but NumPy itself: `Device.xp` is resolved when it is first used.
+A `Device` is a namespace (NumPy, CuPy, torch, ...) and a place in it. `Device.of` is the one an array is on, and
+`select_device` (in `selection`) finds the one a user asks for. Importing this loads no array library but NumPy itself:
+`Device.xp` is resolved when it is first used.
 """
 
 from __future__ import annotations
 
-import os
 import platform
-import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import doctor
+from . import cards
 from .checks import check_array, describe
 from .place import FLOAT_DTYPES, Array, Namespace, device_of, dtype_name, is_array, namespace, peculiar
 
@@ -36,10 +29,6 @@ _NAMESPACES = {
 
 
 _DLPACK_CPU, _DLPACK_CUDA = 1, 2
-
-
-class DeviceUnavailableError(RuntimeError):
-    """A device that was asked for by name cannot be used; the message says why and what to do about it."""
 
 
 class Device:
@@ -56,6 +45,7 @@ class Device:
         native: what the namespace's own functions take as `device=`.
         reason: one sentence that says why this device was chosen.
 
+    >>> from anyarray_linear import select_device
     >>> device = select_device("cpu")
     >>> device, device.asarray([1.0, 2.0], dtype="float32").dtype
     (Device('cpu'), dtype('float32'))
@@ -69,12 +59,12 @@ class Device:
     def of(x: Array) -> Device:
         """The device that the array `x` is on. Raises `TypeError` when `x` is no array."""
         if isinstance(x, (np.ndarray, np.generic)):
-            return _cpu("an array was there")
+            return cpu_device("an array was there")
         if not is_array(x):
             raise TypeError(f"x is {describe(x)}, which is on no device; pass an array")
         library: str = namespace(x).__name__.removeprefix("array_api_compat.").partition(".")[0]
         if library == "cupy":
-            return _cuda_device(x.device.id, "an array was there")
+            return cuda_device(x.device.id, "an array was there")
         return Device(library, native=device_of(x), reason="an array was there")
 
     @cached_property
@@ -86,14 +76,14 @@ class Device:
     def native(self) -> Any:
         """The namespace's own device object, which its creation functions take as `device=`."""
         if self.kind == "cuda":
-            return doctor.load_cupy().cuda.Device(self.index)
+            return cards.load_cupy().cuda.Device(self.index)
         return self._native
 
     @property
     def name(self) -> str:
         """What the device calls itself: `"NVIDIA H100 80GB HBM3"`, `"x86_64"`."""
         if self.index is not None:
-            return doctor.device_name(self.index)
+            return cards.device_name(self.index)
         return platform.machine() if self.kind == "cpu" else str(self)
 
     def asarray(self, x: Any, dtype: Any = None) -> Array:
@@ -119,7 +109,7 @@ class Device:
             check_array("x", x)  # which raises
         elif not is_array(x) and hasattr(x, "__dlpack_device__"):
             kind, index = _dlpack_place(x)
-            x = (_cuda_device(index) if kind == _DLPACK_CUDA else _cpu()).from_dlpack(x)
+            x = (cuda_device(index) if kind == _DLPACK_CUDA else cpu_device()).from_dlpack(x)
         elif not is_array(x):
             x = np.asarray(x)
             if dtype is None and x.dtype.kind == "f":
@@ -154,6 +144,7 @@ class Device:
                 read-only arrays of NumPy, torch gives no tensors that require grad); `asarray` moves or copies it.
 
         >>> import numpy as np
+        >>> from anyarray_linear import select_device
         >>> x = np.zeros(2)
         >>> np.shares_memory(select_device("cpu").from_dlpack(x), x)
         True
@@ -194,7 +185,7 @@ class Device:
         if self.kind == "jax":
             return import_module("jax").device_put(x, self.native)
         # streams of two cards do not wait for each other, and events make them, without the host
-        cuda = doctor.load_cupy().cuda
+        cuda = cards.load_cupy().cuda
         with here:
             x = x if x.flags.c_contiguous else x.copy()  # here, or the copy below would do it behind the event's back
             theirs, ready = cuda.get_current_stream(), cuda.Event(disable_timing=True)
@@ -298,39 +289,29 @@ class Device:
         """
         if self.kind == "cuda":
             with self:
-                free, total = doctor.load_cupy().cuda.runtime.memGetInfo()
+                free, total = cards.load_cupy().cuda.runtime.memGetInfo()
             return free, total
         if self.kind == "cpu" and (meminfo := Path("/proc/meminfo")).exists():
             kib = {line.split()[0]: int(line.split()[1]) for line in meminfo.read_text().splitlines()}
             return 1024 * kib["MemAvailable:"], 1024 * kib["MemTotal:"]
         raise NotImplementedError(f"the memory of {self} cannot be read here")
 
-    def _available(self) -> tuple[int, int]:
-        """What new arrays may take, and all there is, in bytes: CuPy's pool has some unused, and may have a limit."""
-        free, total = self.memory()
-        if self.kind == "cuda":
-            with self:
-                pool = doctor.load_cupy().get_default_memory_pool()
-                free += pool.free_bytes()
-                free = min(free, pool.get_limit() - pool.used_bytes()) if pool.get_limit() else free
-        return free, total
-
     def empty_cache(self) -> None:
         """Give the memory that CuPy's pool keeps for reuse back to the card, for other programs; arrays in use stay."""
         if self.kind == "cuda":
             with self:
-                doctor.load_cupy().get_default_memory_pool().free_all_blocks()
+                cards.load_cupy().get_default_memory_pool().free_all_blocks()
 
     def __enter__(self) -> Device:
         if self.kind == "cuda":
-            runtime = doctor.load_cupy().cuda.runtime
+            runtime = cards.load_cupy().cuda.runtime
             _entered().append(runtime.getDevice())
             runtime.setDevice(self.index)
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self.kind == "cuda":
-            doctor.load_cupy().cuda.runtime.setDevice(_entered().pop())
+            cards.load_cupy().cuda.runtime.setDevice(_entered().pop())
 
     def __str__(self) -> str:
         if self.kind == "cpu":
@@ -352,41 +333,6 @@ class Device:
     def __deepcopy__(self, memo: object) -> Device:
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self.kind in ("cpu", "cuda"):
-            return select_device, (str(self),)
-        return Device, (self.kind, 0, self._native, self.reason)
-
-
-@contextmanager
-def explained_memory(device: Device, cure: str) -> Iterator[None]:
-    """Running out of memory says how much was asked for, what was free and what to change, and gives back what was taken."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not _is_of_memory(error):
-            raise
-        import traceback
-
-        what = str(error) or "an allocation failed"
-        try:
-            free, total = device._available()
-            there = f"{device} had {free / 2**20:,.0f} MiB free of {total / 2**20:,.0f} MiB; "
-        except NotImplementedError:  # of another namespace, whose own words have to do
-            there = ""
-        # the frames that failed still hold their arrays; without them, the device's pool can be emptied
-        traceback.clear_frames(error.__traceback__)
-        error.__traceback__ = None
-        device.empty_cache()
-        raise MemoryError(f"{what}; {there}{cure}") from None
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Whether memory ran out. torch and JAX say so by a `RuntimeError`: of that name on a GPU, in these words elsewhere."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return any(words in str(error) for words in ("can't allocate memory", "RESOURCE_EXHAUSTED"))
-
 
 def _dlpack_place(x: Any) -> tuple[int, int]:
     """Where `x` is, as DLPack numbers it: kind and index."""
@@ -395,7 +341,7 @@ def _dlpack_place(x: Any) -> tuple[int, int]:
 
 
 @lru_cache
-def _cpu(reason: str = "it was asked for") -> Device:
+def cpu_device(reason: str = "it was asked for") -> Device:
     return Device("cpu", reason=reason)
 
 
@@ -416,48 +362,5 @@ def _dtype_name(dtype: Any) -> str:
 
 
 @lru_cache
-def _cuda_device(index: int, reason: str = "it was asked for") -> Device:
+def cuda_device(index: int, reason: str = "it was asked for") -> Device:
     return Device("cuda", index, reason=reason)
-
-
-def select_device(spec: str | Device = "auto") -> Device:
-    """The device that `spec` names.
-
-    Args:
-        spec: `"auto"`: what the environment variable `ANYARRAY_DEVICE` names, else the working CUDA device with most free
-            memory, chosen once per process, else the CPU; `"cpu"`; `"cuda"`, the current CUDA device; `"cuda:1"`; or a
-            `Device`, returned as it is.
-
-    Returns:
-        A device that works: a CUDA device has run a kernel and a matrix product in this process. `.reason` says in one
-        sentence why it is this one.
-
-    Raises:
-        ValueError: an unknown spec.
-        DeviceUnavailableError: a CUDA device that was asked for, by `ANYARRAY_DEVICE` too, cannot be used. The message
-            says what to do. It never falls back to the CPU.
-
-    >>> select_device("cpu").reason
-    'it was asked for'
-    """
-    if isinstance(spec, Device):
-        return spec
-    origin, reason = "device", "it was asked for"
-    if not isinstance(spec, str):
-        cure = "; for the device of an array, give Device.of(the array)" if is_array(spec) else ""
-        raise ValueError(f'device is {describe(spec)}; expected "auto", "cpu", "cuda", "cuda:1" or a Device{cure}')
-    if spec == "auto" and (asked := os.environ.get("ANYARRAY_DEVICE", "")):
-        spec, origin, reason = asked, "ANYARRAY_DEVICE", f"ANYARRAY_DEVICE is {asked}"
-    if spec == "auto":
-        index, reason = doctor.roomiest()
-        return _cpu(reason) if index is None else _cuda_device(index, reason)
-    if spec == "cpu":
-        return _cpu(reason)
-    wanted = re.fullmatch(r"cuda(?::(\d+))?", spec)
-    if wanted is None:
-        raise ValueError(f'{origin} is {spec!r}; expected "auto", "cpu", "cuda", "cuda:1" (any number) or a Device')
-    last = doctor.examine(int(wanted[1]) if wanted[1] else None)[-1]
-    if not last.ok:
-        by = " (ANYARRAY_DEVICE)" if origin == "ANYARRAY_DEVICE" else ""
-        raise DeviceUnavailableError(f"{spec}{by} cannot be used: {last.found}. {last.cure}") from last.error
-    return _cuda_device(int(wanted[1]) if wanted[1] else doctor.current(), reason)

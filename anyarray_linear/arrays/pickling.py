@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_cupy_array
 
-from .device import select_device
 from .place import Array, computing_on
+from .selection import select_device
 
 
 class _Pinned:

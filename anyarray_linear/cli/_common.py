@@ -37,7 +37,7 @@ def exit_code_of(app: Any) -> int:
 
 
 def _is_a_further_rank() -> bool:
-    from ..distributed.group import launched
+    from ..distributed.launching import launched
 
     return launched()[1] > 0 and any(word.startswith("--distributed") for word in sys.argv)
 

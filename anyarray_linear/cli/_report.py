@@ -14,7 +14,7 @@ import numpy as np
 from .. import __version__
 from ..arrays.place import Array
 from ..protocol import join, leaves
-from ..training.fitting import predict
+from ..training import predict
 from ._charts import Series, lines, scatter, thinned
 from ._run import Run
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..files.atomic import atomic_write
-from ..files.checkpoints import save_model
+from ..files.models import save_model
 
 FILES = ("config.json", "model.safetensors", "history.jsonl", "curves.png", "report.html", "summary.json")
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..arrays import doctor
-from ..arrays.device import Device, DeviceUnavailableError, select_device
+from ..arrays import cards, doctor
+from ..arrays.device import Device
+from ..arrays.selection import DeviceUnavailableError, select_device
 
 
 def devices(
@@ -70,7 +71,7 @@ def _report(spec: str) -> dict[str, Any]:
         "chosen": None if chosen is None else str(chosen),
         "reason": None if chosen is None else chosen.reason,
         "error": error,
-        "warnings": [caution for index in working for caution in doctor.cautions(index)],
+        "warnings": [caution for index in working for caution in cards.cautions(index)],
     }
 
 
@@ -78,7 +79,7 @@ def _row(device: Device) -> dict[str, Any]:
     row: dict[str, Any] = {"device": str(device), "name": device.name, "memory_free": None, "memory_total": None}
     with contextlib.suppress(NotImplementedError):
         row["memory_free"], row["memory_total"] = device.memory()
-    return row if device.index is None else row | doctor.facts(device.index)
+    return row if device.index is None else row | cards.facts(device.index)
 
 
 def _print(report: dict[str, Any], *, with_steps: bool) -> None:

@@ -11,13 +11,14 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..arrays.device import select_device
+from ..arrays.selection import select_device
 from ..datasets import load_features
 from ..files.atomic import atomic_write
-from ..files.checkpoints import CheckpointError, load_model, read_metadata
+from ..files.models import load_model, read_metadata
+from ..files.sealed import CheckpointError
 from ..linear import Linear
 from ..protocol import leaves
-from ..training.fitting import predict as outputs_of
+from ..training import predict as outputs_of
 
 Host = np.ndarray[Any, Any]
 

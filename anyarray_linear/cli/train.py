@@ -17,12 +17,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
-from .. import __version__
-from ..distributed import group as distributed
-from ..files.atomic import locked, sweep
+from .. import __version__, distributed
+from ..files.atomic import sweep
 from ..files.checkpoints import checkpoints
+from ..files.locks import locked
 from ..losses import MeanSquaredError
-from ..training.fitting import History, evaluate, fit
+from ..training import History, evaluate, fit
 from ._common import BAD_INPUT, StopSignals, one_line
 from ._report import Norms, report
 from ._results import FILES, show, write_json, write_results

@@ -16,8 +16,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..arrays import doctor
-from ..arrays.device import Device, select_device
+from ..arrays import cards, doctor
+from ..arrays.device import Device
+from ..arrays.selection import select_device
 from ..linear import Linear
 from ..testing import adjoint_check, compare, gradcheck, usable_devices
 
@@ -68,7 +69,7 @@ def _report(specs: list[str] | None) -> dict[str, Any]:
         for dtype in _dtypes(place)
         for shape, out_features in SHAPES
     ]
-    cuda = {str(place): doctor.facts(place.index) | _runtime() for place in places if place.index is not None}
+    cuda = {str(place): cards.facts(place.index) | _runtime() for place in places if place.index is not None}
     return {
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in ("numpy", "array-api-compat")},

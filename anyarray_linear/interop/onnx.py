@@ -3,8 +3,8 @@
 A `Linear` is a `Gemm` with `transB=1`, `Z = X W^T + b`; an activation is its formula in ONNX's operators. A layer that
 stands at several positions has its weights in the file once, under the names that `save_model` gives them, which are
 PyTorch's. The file's input is `X` `(batch, in_features)`, with any batch size, its output `Z` `(batch, out_features)`, or
-`P`, the softmax of `Z`, where that is asked for. `classes`, `features` and what else the metadata has are the file's
-metadata, as JSON.
+`P`, the softmax of `Z`, where that is asked for. With other batch axes than one, for which there is no `Gemm`, a `Linear` is
+`Transpose`, `MatMul` and `Add`. `classes`, `features` and what else the metadata has are the file's metadata, as JSON.
 
 Only the `onnx` package is needed, and nothing is computed: a float16 model is exported without a device that runs it.
 """
@@ -12,6 +12,7 @@ Only the `onnx` package is needed, and nothing is computed: a float16 model is e
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,14 +20,16 @@ from typing import Any
 import numpy as np
 
 from ..activations import GELU
+from ..files.architecture import architecture_of, shown
 from ..files.atomic import atomic_write
-from ..files.checkpoints import CheckpointError, _architecture, _json, _read, _shown, _told, _weights
+from ..files.sealed import CheckpointError, as_json, read, told
+from ..files.tensors import weights_of
 from ..protocol import join
 
 Host = np.ndarray[Any, Any]
 Spec = Mapping[str, Any]
 
-OPSET, _IR_VERSION = 13, 7
+OPSET = 13
 """What the files are written in: old enough for nearly every reader (ONNX 1.8), and with `Softmax` as it is today."""
 
 _Step = tuple[str, ...]  # the name of a result, the operator, and the names of its inputs
@@ -46,11 +49,20 @@ _CONSTANTS = {"gelu.a": GELU._a, "gelu.c": GELU._c, "gelu.half": 0.5, "gelu.one"
 _MOST_BYTES = 2**31 - 2**24  # protobuf's limit is 2 GiB, and names and metadata take some of it
 
 
-def to_onnx(model: Any, *, softmax: bool = False, metadata: Mapping[str, Any] | None = None) -> Any:
+def to_onnx(
+    model: Any,
+    *,
+    softmax: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    opset: int = OPSET,
+    batch_axes: int = 1,
+) -> Any:
     """The `onnx.ModelProto` of `model`: a `Linear`, or a `Sequential` of this library's layers, nested in any way.
 
     softmax: end with the softmax of the outputs, for a classifier whose users want probabilities.
     metadata: as in `save_model`, such as `{"classes": ["cat", "dog"], "features": ["ears", "tail"]}`.
+    opset: the version of ONNX's operators, 13 or later, up to what the `onnx` package knows.
+    batch_axes: how many axes `X` has before its features: 1 is `(batch, in_features)`, 0 a single sample.
 
     Raises `ImportError` without the `onnx` package, `ValueError` for a model that ONNX cannot express (a layer of another
     class, no `Linear`, layers that do not fit each other, more than 2 GiB), `TypeError` for metadata that JSON cannot hold.
@@ -60,22 +72,24 @@ def to_onnx(model: Any, *, softmax: bool = False, metadata: Mapping[str, Any] | 
     >>> [node.op_type for node in proto.graph.node], [each.name for each in proto.graph.initializer]
     (['Gemm', 'Relu', 'Gemm'], ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
-    return _proto(_architecture(model), _weights(model), softmax, _json("metadata", {} if metadata is None else metadata))
+    kept = as_json("metadata", {} if metadata is None else metadata)
+    return _proto(architecture_of(model), weights_of(model), softmax, kept, opset, batch_axes)
 
 
-def export_onnx(
-    model: Any, path: str | os.PathLike[str], *, softmax: bool = False, metadata: Mapping[str, Any] | None = None
-) -> None:
-    """Write `to_onnx(model, ...)` to the file `path`, atomically. Raises as `to_onnx`, and `OSError`."""
-    atomic_write(path, to_onnx(model, softmax=softmax, metadata=metadata).SerializeToString())
+def export_onnx(model: Any, path: str | os.PathLike[str], **options: Any) -> None:
+    """Write `to_onnx(model, **options)` to the file `path`, atomically. Raises as `to_onnx`, and `OSError`."""
+    atomic_write(path, to_onnx(model, **options).SerializeToString())
 
 
-def file_to_onnx(path: str | os.PathLike[str], *, softmax: bool = False) -> Any:
+def file_to_onnx(path: str | os.PathLike[str], *, softmax: bool = False, opset: int = OPSET, batch_axes: int = 1) -> Any:
     """The `onnx.ModelProto` of the model in a file of `save_model` or `save_checkpoint`, with the metadata it has there.
+
+    softmax, opset, batch_axes: as in `to_onnx`.
 
     Raises `CheckpointError` for a file that is damaged, or whose model ONNX cannot express.
     """
-    file = _read(path)
+    _check_options(_onnx(), opset, batch_axes)
+    file = read(path)
     if file.info is None:
         raise CheckpointError(
             f"{path} holds no architecture, as it is not a file of this library; "
@@ -83,13 +97,21 @@ def file_to_onnx(path: str | os.PathLike[str], *, softmax: bool = False) -> Any:
         )
     try:
         metadata = {} if "optimizer" in file.info else file.info["metadata"]  # a checkpoint's is the state of the run
-        return _proto(file.info["architecture"], file.weights, softmax, metadata)
+        return _proto(file.info["architecture"], file.weights, softmax, metadata, opset, batch_axes)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {_told(error)}") from error
+        raise CheckpointError(f"{path}: {told(error)}") from error
 
 
-def _proto(architecture: Spec, weights: Mapping[str, Host], softmax: bool, metadata: Mapping[str, Any]) -> Any:
+def _proto(
+    architecture: Spec,
+    weights: Mapping[str, Host],
+    softmax: bool,
+    metadata: Mapping[str, Any],
+    opset: int,
+    batch_axes: int,
+) -> Any:
     onnx = _onnx()
+    _check_options(onnx, opset, batch_axes)
     positions = list(_positions(architecture, "", {}))
     _check(positions, weights)
     linear = [spec for _, _, spec in positions if spec["type"] == "Linear"]
@@ -101,31 +123,33 @@ def _proto(architecture: Spec, weights: Mapping[str, Host], softmax: bool, metad
     nodes: list[Any] = []
     X = "X"
     for position, first, spec in positions:
-        for Z, operator, *inputs in _steps(position, first, spec, X):
+        for Z, operator, *inputs in _steps(position, first, spec, X, batch_axes):
             options = {"transB": 1} if operator == "Gemm" else {}
             nodes.append(onnx.helper.make_node(operator, inputs, [Z], name=f"{Z}:{operator}", **options))
             X = Z
     nodes[-1].output[0] = "Z"
     if softmax:
-        nodes.append(onnx.helper.make_node("Softmax", ["Z"], ["P"], name="P:Softmax", axis=1))
+        nodes.append(onnx.helper.make_node("Softmax", ["Z"], ["P"], name="P:Softmax", axis=-1))
     dtype = next(iter(weights.values())).dtype
     values = {**weights, **{name: np.asarray(value, dtype=dtype) for name, value in _CONSTANTS.items()}}
     used = dict.fromkeys(name for node in nodes for name in node.input if name in values)  # each once, in order
     kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+    batch = ["batch"] if batch_axes == 1 else [f"batch_{i}" for i in range(batch_axes)]
     describe = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
         nodes,
         "anyarray_linear",
-        [describe("X", kind, ["batch", in_features])],
-        [describe("P" if softmax else "Z", kind, ["batch", out_features])],
+        [describe("X", kind, [*batch, in_features])],
+        [describe("P" if softmax else "Z", kind, [*batch, out_features])],
         [onnx.numpy_helper.from_array(values[name], name) for name in used],
     )
     from .. import __version__
 
+    opsets = [onnx.helper.make_opsetid("", opset)]
     proto = onnx.helper.make_model(
         graph,
-        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
-        ir_version=_IR_VERSION,
+        opset_imports=opsets,
+        ir_version=onnx.helper.find_min_ir_version_for(opsets),
         producer_name="anyarray_linear",
         producer_version=__version__,
     )
@@ -156,7 +180,7 @@ def _check(positions: list[tuple[str, str, Spec]], weights: Mapping[str, Host]) 
         kind = spec["type"]
         if spec.get("custom") or kind not in ("Linear", *_FORMULAS):
             raise ValueError(
-                f"layer {position or 'of the model'} is {_shown(spec)}, which has no operator in ONNX; "
+                f"layer {position or 'of the model'} is {shown(spec)}, which has no operator in ONNX; "
                 "export a model of this library's own layers"
             )
         if kind != "Linear":
@@ -168,7 +192,7 @@ def _check(positions: list[tuple[str, str, Spec]], weights: Mapping[str, Host]) 
         for p, shape in shapes.items():
             name = join(position, p)
             if weights[name].shape != shape:
-                raise ValueError(f"{name} has shape {weights[name].shape}, but the layer is {_shown(spec)}")
+                raise ValueError(f"{name} has shape {weights[name].shape}, but the layer is {shown(spec)}")
             expected.add(name)
             dtypes.setdefault(weights[name].dtype.name, name)
     if width is None:
@@ -181,11 +205,28 @@ def _check(positions: list[tuple[str, str, Spec]], weights: Mapping[str, Host]) 
         raise ValueError(f"the weights have {size:,} bytes, but an ONNX file holds less than 2 GiB")
 
 
-def _steps(position: str, first: str, spec: Spec, X: str) -> Iterator[_Step]:
+def _check_options(onnx: Any, opset: Any, batch_axes: Any) -> None:
+    newest = onnx.defs.onnx_opset_version()
+    for name, value, low, high in (("opset", opset, OPSET, newest), ("batch_axes", batch_axes, 0, math.inf)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; give an int")
+        if not low <= value <= high:
+            at_most = f" to {high}, the newest that onnx {onnx.__version__} knows" if high == newest else " or more"
+            raise ValueError(f"{name} is {value}; give {low}{at_most}")
+
+
+def _steps(position: str, first: str, spec: Spec, X: str, batch_axes: int) -> Iterator[_Step]:
     """The operations of one layer, in order, with the input named `X`; its weights are those of its `first` position."""
     if spec["type"] == "Linear":
         weights = [join(first, p) for p in ("weight", "bias") if p == "weight" or spec["bias"]]
-        yield join(position, "Z"), "Gemm", X, *weights
+        if batch_axes == 1:
+            yield join(position, "Z"), "Gemm", X, *weights
+            return
+        W, *b = weights
+        yield join(position, "W^T"), "Transpose", W
+        yield join(position, "XW^T" if b else "Z"), "MatMul", X, join(position, "W^T")
+        if b:
+            yield join(position, "Z"), "Add", join(position, "XW^T"), *b
         return
     for Z, operator, *inputs in _FORMULAS[spec["type"]]:
         yield (
@@ -198,6 +239,7 @@ def _onnx() -> Any:
     try:
         import onnx
         import onnx.checker
+        import onnx.defs
         import onnx.helper
         import onnx.numpy_helper
     except ImportError as error:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh, _activation, _activation_gradient
 from ..arrays.place import Array, Namespace
+from ..guard import judged as judged_portably
 from ..losses import _reciprocal
 from ..optimizers import SGD, Adam, AdamW, Places, _apply
 from .flat import flat_of
@@ -506,9 +507,7 @@ def judged(xp: Namespace, guard: Any, step: int, value: Array, gradients: Iterab
     """Whether this step may be applied: one kernel looks at the loss and all gradients, one keeps the books."""
     arrays = [value, *gradients]
     if value.dtype.char not in _TYPES or any(x.dtype != value.dtype or x.device != value.device for x in arrays):
-        from ..training.fitting import _judged
-
-        return _judged(xp, guard, step, value, arrays[1:], rows)
+        return judged_portably(xp, guard, step, value, arrays[1:], rows)
     arrays = [_contiguous(x) for x in arrays]
     if guard.last_bad is None:
         guard.last_bad = cupy.zeros((), np.int64)

@@ -1,5 +1,7 @@
 """Training: `fit`, `evaluate`, `predict`, and what they are made of."""
 
-from .fitting import History, NonFiniteError, evaluate, fit, predict
+from .evaluation import evaluate, predict
+from .fitting import fit
+from .history import History, NonFiniteError
 
 __all__ = ["History", "NonFiniteError", "evaluate", "fit", "predict"]

@@ -1,0 +1,109 @@
+"""Which device a user means: by name, by `ANYARRAY_DEVICE`, or the card with the most room.
+
+What this module promises:
+
+- a CUDA device that `select_device` hands out has proved that it works (see `doctor`), it was not merely counted;
+- an explicit request for CUDA never ends on the CPU: it raises `DeviceUnavailableError`, which says what to do.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import os
+import re
+from typing import Any
+
+from . import cards
+from .checks import describe
+from .device import Device, cpu_device, cuda_device
+from .doctor import count, examine, once
+from .place import is_array
+
+
+class DeviceUnavailableError(RuntimeError):
+    """A device that was asked for by name cannot be used; the message says why and what to do about it."""
+
+
+def select_device(spec: str | Device = "auto") -> Device:
+    """The device that `spec` names.
+
+    Args:
+        spec: `"auto"`: what the environment variable `ANYARRAY_DEVICE` names, else the working CUDA device with most free
+            memory, chosen once per process, else the CPU; `"cpu"`; `"cuda"`, the current CUDA device; `"cuda:1"`; or a
+            `Device`, returned as it is.
+
+    Returns:
+        A device that works: a CUDA device has run a kernel and a matrix product in this process. `.reason` says in one
+        sentence why it is this one.
+
+    Raises:
+        ValueError: an unknown spec.
+        DeviceUnavailableError: a CUDA device that was asked for, by `ANYARRAY_DEVICE` too, cannot be used. The message
+            says what to do. It never falls back to the CPU.
+
+    >>> select_device("cpu").reason
+    'it was asked for'
+    """
+    if isinstance(spec, Device):
+        return spec
+    origin, reason = "device", "it was asked for"
+    if not isinstance(spec, str):
+        cure = "; for the device of an array, give Device.of(the array)" if is_array(spec) else ""
+        raise ValueError(f'device is {describe(spec)}; expected "auto", "cpu", "cuda", "cuda:1" or a Device{cure}')
+    if spec == "auto" and (asked := os.environ.get("ANYARRAY_DEVICE", "")):
+        spec, origin, reason = asked, "ANYARRAY_DEVICE", f"ANYARRAY_DEVICE is {asked}"
+    if spec == "auto":
+        index, reason = roomiest()
+        return cpu_device(reason) if index is None else cuda_device(index, reason)
+    if spec == "cpu":
+        return cpu_device(reason)
+    wanted = re.fullmatch(r"cuda(?::(\d+))?", spec)
+    if wanted is None:
+        raise ValueError(f'{origin} is {spec!r}; expected "auto", "cpu", "cuda", "cuda:1" (any number) or a Device')
+    last = examine(int(wanted[1]) if wanted[1] else None)[-1]
+    if not last.ok:
+        by = " (ANYARRAY_DEVICE)" if origin == "ANYARRAY_DEVICE" else ""
+        raise DeviceUnavailableError(f"{spec}{by} cannot be used: {last.found}. {last.cure}") from last.error
+    return cuda_device(int(wanted[1]) if wanted[1] else cards.current(), reason)
+
+
+def roomiest() -> tuple[int | None, str]:
+    """The working CUDA device with most free memory, or `None`, and a sentence with the reason.
+
+    Chosen once per process. With several cards this opens a context on each, to ask for its memory; to spare them that,
+    name one: `CUDA_VISIBLE_DEVICES`, `ANYARRAY_DEVICE`, or `select_device("cuda:1")`.
+    """
+    found: tuple[int | None, str] = once("roomiest", _roomiest)
+    return found
+
+
+def _roomiest() -> tuple[int | None, str]:
+    if not count():
+        return None, f"CUDA cannot be used: {examine()[-1].found}"
+    by_room = sorted(range(count()), key=_free_memory, reverse=True)
+    for index in by_room:
+        last = examine(index)[-1]
+        if last.ok:
+            if len(by_room) == 1:
+                return index, f"cuda:{index} works and is the only CUDA device"
+            return index, f"cuda:{index} works and had the most free memory of {len(by_room)} CUDA devices"
+    return None, f"CUDA cannot be used: {last.found}"
+
+
+def _free_memory(index: int) -> int:
+    cuda = cards.load_cupy().cuda
+    try:
+        with cuda.Device(index):
+            return int(cuda.runtime.memGetInfo()[0])
+    except cuda.runtime.CUDARuntimeError:  # what is wrong with this card its own steps will say
+        return -1
+
+
+def _pickled(device: Device) -> Any:
+    """As its spec, for the CPU and CUDA: where it is loaded, it has to prove anew that it works."""
+    if device.kind in ("cpu", "cuda"):
+        return select_device, (str(device),)
+    return Device, (device.kind, 0, device.native, device.reason)
+
+
+copyreg.pickle(Device, _pickled)  # so that `Device` itself need not know how devices are selected

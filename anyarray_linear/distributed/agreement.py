@@ -1,0 +1,77 @@
+"""The state that is equal on all ranks: sent from one to the others, and told from another by its digest."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..arrays.device import Device
+from ..arrays.place import Array, computing_on
+from ..protocol import join, leaves, parameters
+
+DIGESTED = 1 << 24  # numbers of the data at most that ranks compare
+
+
+def snapshot(model: Any, optimizer: Any) -> dict[str, Any]:
+    """Weights and optimizer on the host, to be sent."""
+    rule = optimizer.state_dict()
+    moments = {name: {m: Device.of(x).to_numpy(x) for m, x in own.items()} for name, own in rule["moments"].items()}
+    weights = {name: Device.of(W).to_numpy(W) for name, W in parameters(model).items()}
+    return {"weights": weights, "optimizer": {**rule, "moments": moments}}
+
+
+def adopt(model: Any, optimizer: Any, sent: Mapping[str, Any]) -> None:
+    """Be what `snapshot` saw elsewhere."""
+    optimizer.load_state_dict(sent["optimizer"])
+    for name, layer in leaves(model):
+        for p, W in layer.parameters().items():
+            setattr(layer, p, Device.of(W).asarray(sent["weights"][join(name, p)], dtype=W.dtype))
+
+
+def settings(x: Any) -> str:
+    """What tells one loss from another of its class: its `repr`, and what it shows of numbers and texts."""
+    shown = {name: value for name, value in sorted(getattr(x, "__dict__", {}).items()) if not name.startswith("_")}
+    # machines differ in the last bits of what they compute
+    numbers = {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in shown.items() if isinstance(v, (int, float, str))}
+    text, kind = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x)), type(x).__name__
+    return (text if kind in text else f"{kind}, a {text}") + (f" with {numbers}" if numbers else "")
+
+
+def digest_of_rows(x: Array, dtype: str) -> str:
+    """The SHA-256 of the shape and of the rows in `dtype`; of large data, of as many rows as are 16 million numbers.
+
+    They are read where they are, a part at a time.
+    """
+    import hashlib
+
+    count, width = x.shape[0], max(1, math.prod(x.shape[1:]))
+    found = hashlib.sha256(repr(tuple(x.shape)).encode())
+    at_once, most = max(1, DIGESTED // 16 // width), max(16, DIGESTED // width)
+    spread = np.linspace(0, count - 1, most).astype(int) if most < count else None
+    for i in range(0, min(most, count), at_once):
+        if spread is None:
+            part = x[i : i + at_once, ...]
+        elif isinstance(x, np.ndarray):
+            part = x[spread[i : i + at_once]]
+        else:
+            with computing_on(x) as xp:
+                part = xp.take(x, Device.of(x).asarray(spread[i : i + at_once]), axis=0)
+        with np.errstate(all="ignore"):  # NaN and infinity are told elsewhere
+            found.update(np.ascontiguousarray(Device.of(part).to_numpy(part).astype(dtype)).data)
+    return found.hexdigest()
+
+
+def digest(model: Any, optimizer: Any, *more: Any) -> str:
+    """The SHA-256 of weights, optimizer and whatever else has to be equal on all ranks."""
+    import hashlib
+
+    state = snapshot(model, optimizer)
+    found = hashlib.sha256(repr((state["optimizer"]["steps"], more)).encode())
+    for name, W in state["weights"].items():
+        for x in (W, *state["optimizer"]["moments"].get(name, {}).values()):
+            found.update(np.ascontiguousarray(x).data)
+    return found.hexdigest()

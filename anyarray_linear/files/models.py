@@ -1,0 +1,90 @@
+"""Models as files: whole, and readable elsewhere.
+
+The weights have PyTorch's names and shapes, so `torch.nn.Sequential.load_state_dict(strict=True)` takes them. The header
+says in JSON which layers there are and which of them are one, and what the caller wants kept. Nothing in a file is code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..arrays.memory import explained_memory
+from ..arrays.selection import select_device
+from .architecture import architecture_of, built, described_size
+from .atomic import atomic_write
+from .sealed import CheckpointError, as_json, read, seal, told
+from .tensors import CURE, assign, match, memory_advice, placed_all, size_of, weights_of
+
+
+def save_model(model: Any, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write the weights and the architecture of `model` to the `safetensors` file `path`, atomically.
+
+    model: a layer or container. Layers of the caller's own classes are saved too; such a file is read with `into=`.
+    metadata: what else to keep, for `read_metadata`: anything JSON can hold, such as `{"classes": ["cat", "dog"]}`.
+
+    Raises `TypeError` for metadata that JSON cannot hold, and `OSError` where the file cannot be written; a file that was
+    there is intact then.
+
+    >>> import os, tempfile
+    >>> from anyarray_linear import Linear, ReLU, Sequential
+    >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+    >>> save_model(Sequential(Linear(3, 2, dtype="float32"), ReLU()), path, metadata={"classes": ["cat", "dog"]})
+    >>> load_model(path)
+    Sequential(Linear(3, 2, dtype=float32, device=cpu), ReLU())
+    >>> read_metadata(path)
+    {'classes': ['cat', 'dog']}
+    """
+    info = {"architecture": architecture_of(model), "metadata": as_json("metadata", {} if metadata is None else metadata)}
+    atomic_write(path, seal(path, weights_of(model), info))
+
+
+def load_model(path: str | os.PathLike[str], *, device: Any = None, into: Any = None) -> Any:
+    """The model in a file of `save_model` or `save_checkpoint`, or `into` filled from any file with PyTorch's names.
+
+    device: where the model shall be, a `Device` or what `select_device` takes; by default NumPy on the CPU.
+    into: a model that gets the weights, where it is; its parameters must have the names, shapes and dtypes of the file. So
+    files of `safetensors.torch.save_file(model.state_dict(), path)` are read, and layers of the caller's own classes filled.
+
+    Returns the new model, or `into`.
+
+    Raises `CheckpointError` for a file that is damaged or does not fit `into`, which is as it was then.
+    """
+    if into is not None:
+        if device is not None:
+            raise ValueError("into has its device already; leave device out, or move the model with into.to(device)")
+        matching = match(path, read(path, lambda info: size_of(into)).weights, into)
+        with memory_advice(into):
+            assign(placed_all(matching))
+        return into
+
+    def described(info: dict[str, Any] | None) -> float:
+        if info is None:
+            raise CheckpointError(
+                f"{path} holds no architecture, as it is not a file of this library; "
+                "build the model and fill it: load_model(path, into=model)"
+            )
+        return described_size(info["architecture"], "", {})
+
+    place = select_device("cpu" if device is None else device)
+    file = read(path, described)
+    assert file.info is not None
+    try:
+        with explained_memory(place, CURE):
+            model = built(file.info["architecture"], "", file.weights, place, {})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its model cannot be built on {place}: {told(error)}") from error
+    match(path, file.weights, model)  # that nothing is left over, and that what is shared agrees
+    return model
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What was given to `save_model` as `metadata`, or to `save_checkpoint` as `state`; `{}` for a file from elsewhere.
+
+    Raises `CheckpointError` for a damaged file.
+    """
+    info = read(path).info
+    return {} if info is None else dict(info["metadata"])

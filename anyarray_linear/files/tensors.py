@@ -1,0 +1,108 @@
+"""A model as names and tensors: PyTorch's names and shapes, and back into a model.
+
+`0.weight` is the `W` of layer 0, `0.bias` its `b` as `(out,)`. A shared layer's are there under every position.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from ..arrays.device import Device
+from ..arrays.memory import explained_memory
+from ..arrays.place import Array, dtype_name
+from ..linear import Linear
+from ..protocol import join, leaves, parameters
+from ..sequential import Sequential
+from .sealed import CheckpointError, Host, some
+
+CURE = "free some first, or use another device"
+
+
+def places_of(model: Any) -> dict[str, tuple[Any, str]]:
+    """The layer and attribute behind every tensor of a file, by PyTorch's names; a shared layer's at every position."""
+    positions = model._positions() if isinstance(model, Sequential) else leaves(model)
+    return {join(path, _file_name(layer, p)): (layer, p) for path, layer in positions for p in layer.parameters()}
+
+
+def _file_name(layer: Any, p: str) -> str:
+    return {"W": "weight", "b": "bias"}[p] if isinstance(layer, Linear) else p
+
+
+def _file_shape(layer: Any, p: str) -> tuple[int, ...]:
+    shape = tuple(getattr(layer, p).shape)
+    return shape[1:] if isinstance(layer, Linear) and p == "b" else shape
+
+
+def on_host(x: Array) -> Host:
+    """`x` on the host and C-contiguous: safetensors' NumPy writer takes any other array's memory in the wrong order."""
+    return np.asarray(Device.of(x).to_numpy(x), order="C")
+
+
+def weights_of(model: Any) -> dict[str, Host]:
+    return {name: on_host(getattr(layer, p)).reshape(_file_shape(layer, p)) for name, (layer, p) in places_of(model).items()}
+
+
+def size_of(model: Any) -> int:
+    """The bytes of the model's tensors in a file."""
+    tensors = (getattr(layer, p) for layer, p in places_of(model).values())
+    return sum(math.prod(W.shape) * np.dtype(dtype_name(W.dtype)).itemsize for W in tensors)
+
+
+def match(path: str | os.PathLike[str], weights: Mapping[str, Host], model: Any) -> list[tuple[Any, str, Host]]:
+    """`(layer, attribute, tensor)` for every parameter of `model`; raises if any tensor is missing, unknown or unlike it."""
+    places = places_of(model)
+    unknown = [name for name in weights if name not in places]
+    if unknown:
+        raise CheckpointError(f"{path} has {some(unknown)}, but the model has {some(list(places)) or 'no parameters'}")
+    names: dict[tuple[int, str], list[str]] = {}
+    for name, (layer, p) in places.items():
+        names.setdefault((id(layer), p), []).append(name)
+    # torch writes a shared tensor once, under whichever of its names
+    present = {name: [name for name in (name, *more) if name in weights] for name, *more in names.values()}
+    missing = [name for name, found in present.items() if not found]
+    if missing:
+        raise CheckpointError(f"{path} lacks {some(missing)} of the model")
+    matched = []
+    for first, *copies in present.values():
+        layer, p = places[first]
+        check_tensor(path, first, weights[first], getattr(layer, p), _file_shape(layer, p))
+        for other in copies:
+            if weights[other].tobytes() != weights[first].tobytes():
+                raise CheckpointError(f"{path}: {first} and {other} are one tensor in the model, but differ in the file")
+        matched.append((layer, p, weights[first]))
+    return matched
+
+
+def check_tensor(path: str | os.PathLike[str], name: str, x: Host, like: Array, shape: tuple[int, ...]) -> None:
+    dtype = dtype_name(like.dtype)
+    if x.shape != shape or x.dtype.name != dtype:
+        raise CheckpointError(
+            f"{path}: {name} is {x.dtype.name} of shape {x.shape} in the file, but the model needs {dtype} of shape {shape}"
+        )
+
+
+def placed(x: Host, like: Array) -> Array:
+    """`x` in the shape of `like` and where that is."""
+    return Device.of(like).asarray(x.reshape(tuple(like.shape)))
+
+
+def placed_all(matched: list[tuple[Any, str, Host]]) -> list[tuple[Any, str, Array]]:
+    """The tensors as arrays, all of them before any is assigned, as memory may run out."""
+    return [(layer, p, placed(x, getattr(layer, p))) for layer, p, x in matched]
+
+
+def assign(new: list[tuple[Any, str, Array]]) -> None:
+    for layer, p, x in new:
+        setattr(layer, p, x)
+
+
+def memory_advice(model: Any) -> AbstractContextManager[None]:
+    """A context in which running out of memory says what to change, where the model's parameters are."""
+    first = next(iter(parameters(model).values()), np.empty(0))
+    return explained_memory(Device.of(first), CURE)

@@ -1,0 +1,92 @@
+"""Whether a step may be applied: decided on the device, where its loss and gradients are, and read once per epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from .arrays.device import Device
+from .arrays.place import Array, computing_on, reading_is_free
+from .lanes import lane
+
+
+class Guard:
+    """Decides on the device which steps are applied, and remembers which one ended training.
+
+    A step whose loss or gradients are not finite is called off. After more than `allowed` such steps, so is every later one;
+    `fatal` is then that last straw's number, which the host reads once per epoch.
+    """
+
+    def __init__(self, device: Device, loss_dtype: Any, allowed: int, bad: int = 0) -> None:
+        self.allowed, self.device = allowed, device
+        self.total: Any = 0.0  # sum of loss times rows over the applied steps of this epoch, and the rows
+        self.rows: Any = 0
+        self.bad: Any = bad
+        self.fatal: Any = 0
+        self.last_bad: Any = None  # a lane's: the last step that was not finite
+        self.accumulator = None
+        if device.kind not in ("cpu",):
+            info = device.xp.__array_namespace_info__().dtypes(device=None if device.kind == "cuda" else device.native)
+            self.accumulator = info.get("float64", info["float32"])
+
+    def start_epoch(self, total: float = 0.0, rows: int = 0) -> None:
+        self.total, self.rows = total, rows
+
+    def judge(self, step: int, value: Array, gradients: Iterable[Array], rows: int) -> Array | None:
+        """What `optimizer.step` takes as `where`; also adds the loss to the epoch's sum. Steps count from 1."""
+        if reading_is_free(value):
+            return self._judge_now(step, value, gradients, rows)
+        with computing_on(value) as xp:
+            if isinstance(self.bad, int):  # the first step: from here on, the counts live on the device
+                place = {"device": self.device.native}
+                integer = xp.__array_namespace_info__().default_dtypes(**place)["integral"]
+                self.bad, self.fatal = (xp.asarray(n, dtype=integer, **place) for n in (self.bad, self.fatal))
+            return lane(judged, xp)(xp, self, step, value, gradients, rows)
+
+    def _judge_now(self, step: int, value: Array, gradients: Iterable[Array], rows: int) -> Array | None:
+        value = float(value)
+        with computing_on(next(iter(gradients))) as xp:
+            finite = math.isfinite(value) and all(lane(all_finite, xp)(xp, gradient) for gradient in gradients)
+            if finite and not self.fatal:
+                self.total += value * rows
+                self.rows += rows
+                return None
+            if not self.fatal:
+                self.bad += 1
+                self.fatal = step if self.bad > self.allowed else 0
+            return xp.asarray(False, device=self.device.native)
+
+    def read(self) -> tuple[float, int, int, int]:
+        """`(total, rows, bad, fatal)` as Python numbers: the one wait for the device in an epoch."""
+        if isinstance(self.total, float) and isinstance(self.bad, int):
+            return self.total, self.rows, self.bad, self.fatal
+        total, rows, bad, fatal = (float(self.device.to_numpy(self._array(x))) for x in
+                                   (self.total, self.rows, self.bad, self.fatal))
+        return total, int(rows), int(bad), int(fatal)
+
+    def _array(self, x: Any) -> Array:
+        return x if hasattr(x, "dtype") else self.device.asarray(np.asarray(float(x), dtype=np.float32))
+
+
+def all_finite(xp: Any, x: Array) -> bool:
+    """Whether no element is NaN or infinite."""
+    # a sum is one pass and nearly always enough to know; it may overflow, though, where no element is infinite
+    return math.isfinite(float(xp.sum(x))) or bool(xp.all(xp.isfinite(x)))
+
+
+def judged(xp: Any, guard: Guard, step: int, value: Array, gradients: Iterable[Array], rows: int) -> Array:
+    """Whether this step may be applied, a 0-d bool; brings the guard's sums and counts up to date, all on the device."""
+    finite = xp.isfinite(value)
+    for gradient in gradients:
+        finite = finite & xp.all(xp.isfinite(gradient))
+    going = guard.fatal == 0
+    guard.bad = guard.bad + xp.astype(going & ~finite, guard.bad.dtype)
+    guard.fatal = xp.where(going & (guard.bad > guard.allowed), step, guard.fatal)
+    apply = finite & (guard.fatal == 0)
+    value = xp.astype(value, guard.accumulator) * float(rows)
+    guard.total = guard.total + xp.where(apply, value, 0.0)
+    guard.rows = guard.rows + xp.astype(apply, guard.bad.dtype) * rows
+    return apply

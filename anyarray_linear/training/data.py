@@ -1,0 +1,126 @@
+"""The data of a training: the batches that the model takes, in which order, and which rows are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..arrays.device import Device
+from ..arrays.memory import explained_memory
+from ..arrays.place import Array, computing_on, dtype_name, namespace
+from ..distributed.group import Group
+from ..protocol import parameters
+
+_ORDERS = int.from_bytes(b"fit")  # the child of the seed whose children give the orders; a layer of that seed has others
+_LOOKED_AT = 16  # rows that are compared at resume
+
+
+@dataclass
+class Data:
+    """`X` and `y` wherever they are, or the given `rows` of them, and where batches should go."""
+
+    X: Array
+    y: Array
+    device: Device
+    dtype: Any
+    rows: np.ndarray[Any, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.X, self.y = _signed(self.X, self.dtype), _signed(self.y, "int64")
+
+    def __len__(self) -> int:
+        return int(self.X.shape[0]) if self.rows is None else len(self.rows)
+
+    def batches(
+        self, order: np.ndarray[Any, Any] | None, batch_size: int, start: int = 0, group: Group | None = None
+    ) -> Iterator[tuple[Array, Array]]:
+        """Batches from row `start` on, in `order` (host indices) or as the rows come; the last may be smaller.
+
+        group: if given, this rank's share of each batch, which may be empty.
+        """
+        order = self.rows if order is None else order
+        takes = [row_taker(x, order) for x in (self.X, self.y)]
+        count = len(self) if order is None else len(order)
+        y_dtype = self.dtype if is_float(self.y) else None
+        for i in range(start, count, batch_size):
+            rows = i, min(i + batch_size, count)
+            X, y = (take(*(rows if group is None else group.share(*rows))) for take in takes)
+            yield self.device.asarray(X, dtype=self.dtype), self.device.asarray(y, dtype=y_dtype)
+
+
+    def fingerprint(self) -> str:
+        """The shapes, and some rows spread over all as training sees them: the same on any device, in any dtype."""
+        import hashlib
+
+        found = hashlib.sha256()
+        floating = dtype_name(self.dtype)
+        for x, dtype in ((self.X, floating), (self.y, floating if is_float(self.y) else "int64")):
+            found.update(repr((len(self), *x.shape[1:])).encode())
+            for i in np.linspace(0, len(self) - 1, _LOOKED_AT).astype(int):
+                row = int(i if self.rows is None else self.rows[i])
+                found.update(Device.of(x).to_numpy(x[row : row + 1, ...]).astype(dtype).tobytes())
+        return found.hexdigest()[:16]
+
+
+def is_float(x: Array) -> bool:
+    return bool(namespace(x).isdtype(x.dtype, "real floating"))
+
+
+def _signed(x: Array, dtype: Any) -> Array:
+    """`x`, but a torch tensor of wide unsigned integers in `dtype`: torch can neither take rows of it nor compare it."""
+    if dtype_name(x.dtype) in ("uint16", "uint32", "uint64") and Device.of(x).kind == "torch":
+        return Device.of(x).asarray(x, dtype=dtype)
+    return x
+
+
+def row_taker(x: Array, order: np.ndarray[Any, Any] | None) -> Callable[[int, int], Array]:
+    """`(start, stop) -> rows`, where `x` is. The order is transferred once, not once per batch."""
+    if order is None:
+        return lambda start, stop: x[start:stop, ...]
+    if isinstance(x, np.ndarray):
+        return lambda start, stop: x[order[start:stop]]
+    index = Device.of(x).asarray(order)
+
+    def take(start: int, stop: int) -> Array:
+        with computing_on(x) as xp:
+            return xp.take(x, index[start:stop], axis=0)
+
+    return take
+
+
+def model_place(model: Any, X: Array) -> tuple[Device, Any]:
+    """Where the model computes and in what dtype: where its parameters are, or for want of any, where `X` is."""
+    first = next(iter(parameters(model).values()), X)
+    return Device.of(first), first.dtype
+
+
+def count_of_held(fraction: float, count: int) -> int:
+    """How many of `count` rows the fraction for validation is."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation is {fraction}; give (X, y), or a fraction between 0 and 1")
+    held = round(float(fraction) * count)
+    if not 0 < held < count:
+        raise ValueError(f"validation is {fraction} of {count} rows, which leaves nothing on one side")
+    return held
+
+
+def split_rows(held: int, count: int, seed: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Row numbers for training and validation, drawn from a stream of their own."""
+    order = epoch_order(seed, -1, count)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def epoch_order(seed: Any, epoch: int, count: int) -> np.ndarray[Any, Any]:
+    """The permutation of epoch `epoch`, from its own child of the seed: no state to carry from epoch to epoch."""
+    child = type(seed)(entropy=seed.entropy, spawn_key=(*seed.spawn_key, _ORDERS, epoch + 1))
+    return np.random.default_rng(child).permutation(count)
+
+
+def memory_advice(device: Device, batch_size: int) -> AbstractContextManager[None]:
+    """A context in which running out of memory says what to change."""
+    advice = f"use a smaller batch_size than {batch_size}, a smaller dtype (float32, not float64) or another device"
+    return explained_memory(device, advice)

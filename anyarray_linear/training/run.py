@@ -1,0 +1,321 @@
+"""A training in progress: its steps and epochs, and the state from which it goes on exactly."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..arrays.place import Array, computing_on, dtype_name
+from ..distributed.agreement import adopt, digest, digest_of_rows, settings, snapshot
+from ..distributed.group import Group
+from ..guard import Guard
+from ..protocol import parameters
+from .data import Data, epoch_order, is_float
+from .evaluation import scores_of
+from .history import History, NonFiniteError, Row
+
+_VALIDATED = 1 << 20  # numbers in the inputs and outputs of all layers, in validation; a few MB
+
+
+class Run:
+    """A training in progress: everything that has to be kept to go on with it exactly."""
+
+    def __init__(
+        self,
+        model: Any,
+        data: Data,
+        rows: np.ndarray[Any, Any] | None,
+        held: Data | None,
+        loss: Any,
+        optimizer: Any,
+        batch_size: int,
+        seed: Any,
+        skip_nonfinite: int,
+        accumulate: int,
+        group: Group,
+    ) -> None:
+        self.model, self.data, self.rows, self.held = model, data, rows, held
+        self.loss, self.optimizer, self.batch_size, self.seed = loss, optimizer, batch_size, seed
+        self.accumulate, self.group = accumulate, group
+        self.count = len(data) if rows is None else len(rows)
+        self.steps_per_epoch = -(-self.count // batch_size)
+        self.guard = Guard(data.device, data.dtype, skip_nonfinite)
+        self.given = shown(optimizer)  # a callback may change it
+        self.history = History()
+        self.epoch = self.step = self.position = 0
+        self.stopped = False
+        self.whole = True  # between two steps, all of this agrees with the weights and with the optimizer
+        self.seconds = 0.0
+        self.best = math.inf  # the best score of an epoch, and whether it is that of these weights and not saved yet
+        self.is_best = False
+
+    def order(self) -> np.ndarray[Any, Any]:
+        """The rows of this epoch, in its order."""
+        order = epoch_order(self.seed, self.epoch, self.count)
+        return order if self.rows is None else self.rows[order]
+
+    def join(self, epochs: int) -> None:
+        """Make sure that all ranks train the same, and start from the state of rank 0."""
+        if self.group.size == 1:
+            return
+        total = epochs * self.steps_per_epoch
+        is_scheduled = total > 0 and callable(getattr(self.optimizer, "lr", None))
+        steps = sorted({min(i, total - 1) for i in (0, 1, 10, 100, 1000)}) if is_scheduled else []
+        self.group.agree(
+            {
+                "rows": len(self.data),
+                "validation rows": 0 if self.held is None else len(self.held),
+                "X of shape": tuple(self.data.X.shape[1:]),
+                "epochs": epochs,
+                "batch_size": self.batch_size,
+                "accumulate": self.accumulate,
+                "skip_nonfinite": self.guard.allowed,
+                "loss": settings(self.loss),
+                "optimizer": repr(self.optimizer),
+                # machines differ in the last bits of a cosine
+                **{f"in step {i + 1} the learning rate": f"{self.optimizer.learning_rate(i):.9g}" for i in steps},
+                "model": re.sub(r"cuda:\d+", "cuda", shown(self.model)),
+                "parameters": {name: (tuple(W.shape), dtype_name(W.dtype)) for name, W in parameters(self.model).items()},
+                "device": self.data.device.kind,
+                **self.digests(),
+            }
+        )
+        self.group.claim(self.data.device)
+        first = self.group.rank == 0
+        sent = self.group.exchange((snapshot(self.model, self.optimizer), self.state()) if first else None)[0]
+        if not first:
+            adopt(self.model, self.optimizer, sent[0])
+            self.restore(sent[1])
+
+    def digests(self) -> dict[str, str]:
+        """Of the data as training sees it, to be compared between ranks."""
+        found = {}
+        for what, data in (("", self.data), ("the validation ", self.held)):
+            if data is not None and (data is self.data or data.X is not self.data.X):
+                for name, x in (("X", data.X), ("y", data.y)):
+                    dtype = dtype_name(data.dtype) if is_float(x) or name == "X" else "int64"
+                    found[f"{what}{name} with the SHA-256"] = digest_of_rows(x, dtype)[:16]
+        return found
+
+    def settle(self, stop: bool) -> None:
+        """Whether training stops after this epoch, and whether all ranks are still the same."""
+        if self.group.size > 1:
+            state = digest(self.model, self.optimizer, self.seed.entropy, self.seed.spawn_key, self.epoch, self.step)
+            self.group.check(state, f"after epoch {self.epoch}")
+        self.stopped = any(self.group.exchange(stop))
+
+    def steps(self, wants_stop: Callable[[], bool]) -> Iterator[None]:
+        """Take the rest of this epoch's steps, one per iteration; `history.interrupted` says that any rank wants to stop."""
+        began = time.perf_counter() - self.seconds
+        for X, y in self.data.batches(self.order(), self.batch_size, self.position, self.group):
+            rows = min(self.batch_size, self.count - self.position)
+            value, gradients, told = self.gradients(X, y, rows, self.group.size > 1 and wants_stop())
+            self.whole = False
+            where = self.guard.judge(self.step + 1, value, gradients.values(), rows)
+            self.optimizer.step(self.model, gradients, where=where)
+            del value, gradients, where
+            self.step += 1
+            self.position += rows
+            self.whole = True
+            self.seconds = time.perf_counter() - began
+            self.history.interrupted = told if self.group.size > 1 else wants_stop()
+            yield
+
+    def gradients(self, X: Array, y: Array, rows: int, wants_stop: bool = False) -> tuple[Array, dict[str, Array], bool]:
+        """Loss and gradients of the batch of `rows` that `X` and `y` are this rank's share of; whether any wants to stop."""
+        size = max(1, -(-X.shape[0] // self.accumulate))
+        value, gradients = None, {}
+        for i in range(0, X.shape[0], size):
+            part = (X, y) if size == X.shape[0] else (X[i : i + size, ...], y[i : i + size, ...])
+            more, more_gradients = self._part(*part, part[0].shape[0] / rows)
+            if value is None:
+                value, gradients = more, more_gradients
+                continue
+            with computing_on(value):
+                value = value + more
+                gradients = {name: dW + more_gradients[name] for name, dW in gradients.items()}
+        if value is None:  # an empty share; the mean over no rows would be NaN
+            W = next(iter(parameters(self.model).values()))
+            with computing_on(W) as xp:
+                value = xp.zeros((), dtype=W.dtype, device=self.data.device.native)
+                gradients = {name: xp.zeros_like(W) for name, W in parameters(self.model).items()}
+        return self.group.average(value, gradients, wants_stop)
+
+    def _part(self, X: Array, y: Array, weight: float) -> tuple[Array, dict[str, Array]]:
+        """Loss and gradients of some rows, times `weight`. Gradients are linear in `dZ`, and that is small."""
+        Z, caches = self.model.forward(X)
+        value, cache = self.loss.forward(Z, y)
+        dZ = self.loss.backward(cache)
+        if weight != 1:
+            with computing_on(dZ):
+                value, dZ = value * weight, dZ * weight
+        _, gradients = self.model.gradients(dZ, caches, needs_dX=False)
+        return value, gradients
+
+    def finish_epoch(self) -> Row:
+        """Read what the device summed, validate, and close the epoch's row."""
+        began = time.perf_counter()
+        total, rows = self.judge()
+        row: Row = {
+            "epoch": self.epoch + 1,
+            "steps": self.step,
+            "loss": total / rows if rows else math.nan,
+            "lr": self.optimizer.learning_rate(self.optimizer.steps - 1),
+        }
+        if self.held is not None:
+            scores = scores_of(self.model, self.held, self.loss, self.scored_rows())
+            row.update({f"validation_{name}": score for name, score in scores.items()})
+        row["seconds"] = self.seconds + time.perf_counter() - began
+        score: float = row["validation_loss" if "validation_loss" in row else "loss"]
+        self.whole = False
+        if score < self.best:  # and not where it is NaN
+            self.best, self.is_best = score, True
+        self.history.rows.append(row)
+        self.epoch, self.position, self.seconds = self.epoch + 1, 0, 0.0
+        self.guard.start_epoch()
+        self.whole = True
+        return row
+
+    def scored_rows(self) -> int:
+        """How many rows are validated at once: 1024, or as many as have a million numbers in all layers, or a batch."""
+        outputs: int = sum(W.shape[0] for W in parameters(self.model).values() if W.ndim > 1)
+        per_row: int = math.prod(self.data.X.shape[1:]) + outputs
+        return max(self.batch_size, min(1024, _VALIDATED // max(1, per_row)))
+
+    def judge(self) -> tuple[float, int]:
+        """Read what the device summed, the loss and its rows; raise `NonFiniteError` if something was not finite."""
+        total, rows, bad, fatal = self.guard.read()
+        self.history.skipped = bad
+        if fatal:
+            self._raise(fatal)
+        if wrong := self.overflowed():
+            raise NonFiniteError(
+                f"after step {self.step} (epoch {self.epoch + 1}) {', '.join(wrong)} are not finite, though loss and "
+                "gradients were: the update itself overflowed. The weights are lost, but not a checkpoint from before. "
+                f"Lower the learning rate, which was {self.optimizer.learning_rate(max(0, self.optimizer.steps - 1))}",
+                self.step,
+                self.history,
+            )
+        return total, rows
+
+    def overflowed(self) -> list[str]:
+        """The names of the parameters that are not finite; read from the device all at once."""
+        found = parameters(self.model)
+        with computing_on(next(iter(found.values()))) as xp:
+            finite = xp.stack([xp.all(xp.isfinite(W)) for W in found.values()])
+        return [name for name, good in zip(found, self.data.device.to_numpy(finite), strict=True) if not good]
+
+    def _raise(self, fatal: int) -> None:
+        """Name what was wrong in step `fatal`: the weights are as they were before it, so it can be looked at again."""
+        batch = (fatal - 1) % self.steps_per_epoch
+        start = batch * self.batch_size
+        X, y = next(self.data.batches(self.order(), self.batch_size, start, self.group))
+        value, gradients, _ = self.gradients(X, y, min(self.batch_size, self.count - start))
+        wrong = [name for name, g in gradients.items() if not np.isfinite(self.data.device.to_numpy(g)).all()]
+        raise NonFiniteError(
+            f"step {fatal} (epoch {self.epoch + 1}, batch {batch + 1} of {self.steps_per_epoch}) gave a loss of "
+            f"{float(self.data.device.to_numpy(value))} and gradients that are not finite for "
+            f"{', '.join(wrong) or 'no parameter'}; the weights are as they were before that step"
+            f"{', which found them not finite itself: the update before it overflowed' if self.overflowed() else ''}. "
+            "Lower the learning rate, clip the gradients (clip_norm=1.0), or scale the data",
+            fatal,
+            self.history,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights and optimizer, as JSON."""
+        total, rows, bad, _ = self.guard.read()
+        last = max(0, self.optimizer.steps - 1)
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "position": self.position,
+            "seconds": self.seconds,
+            "training": self.training,
+            "optimizer": [self.given, shown(self.optimizer)],
+            "lr": [last, self.optimizer.learning_rate(last)],
+            "guard": {"total": total, "rows": rows, "bad": bad},
+            "history": self.history.rows,
+            "best": self.best,
+            "stopped": self.stopped,
+        }
+
+    @cached_property
+    def training(self) -> dict[str, Any]:
+        """What makes it this training, as JSON: another result would come of any of it being otherwise."""
+        held = self.held
+        return {
+            "seed": {"entropy": _as_json(self.seed.entropy), "spawn_key": _as_json(self.seed.spawn_key)},
+            "rows": len(self.data),
+            "training rows": self.count,
+            "batch_size": self.batch_size,
+            "accumulate": self.accumulate,
+            "loss": shown(self.loss),
+            "data": self.data.fingerprint(),
+            "validation": None if held is None else held.fingerprint(),
+        }
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise `ValueError` if `state` was saved by another training, or is none that a training can have."""
+        other = "the checkpoint is of another training: its {} is {}, here it is {}; resume with the same {}"
+        for name, mine in self.training.items():
+            theirs = state["training"].get(name)
+            if theirs != mine:
+                raise ValueError(other.format(name, theirs, mine, "data, loss, batch_size, accumulate, validation and seed"))
+        given, now = state["optimizer"]
+        if self.given not in (given, now):
+            raise ValueError(other.format("optimizer", given, self.given, "optimizer"))
+        last, rate = state["lr"]
+        if callable(getattr(self.optimizer, "lr", None)):
+            here = self.optimizer.learning_rate(last)
+            if not math.isclose(rate, here, rel_tol=1e-9):  # machines differ in the last bits of a cosine
+                raise ValueError(other.format(f"learning rate in step {last + 1}", rate, here, "schedule"))
+        if not self._can_have(state):
+            raise ValueError("its state is none that a training can have")
+        if (bad := state["guard"]["bad"]) > self.guard.allowed:
+            raise ValueError(f"{bad} steps of it were not finite; resume with skip_nonfinite={bad} or more")
+
+    def _can_have(self, state: dict[str, Any]) -> bool:
+        """Whether this training can be in `state`."""
+        step, epoch, position, guard = state["step"], state["epoch"], state["position"], state["guard"]
+        counts = step, epoch, position, guard["rows"], guard["bad"]
+        reals = state["seconds"], guard["total"], state["best"]
+        if not all(type(n) is int and n >= 0 for n in counts) or not all(type(x) is float and x == x for x in reals):
+            return False
+        batches = -(-position // self.batch_size)
+        return (
+            0 <= state["seconds"] < math.inf
+            and position in (batches * self.batch_size, self.count)
+            and guard["rows"] <= position <= self.count
+            and step == epoch * self.steps_per_epoch + batches
+            and type(state["stopped"]) is bool
+            and [row["epoch"] for row in state["history"]] == list(range(1, len(state["history"]) + 1))
+            and len(state["history"]) == epoch
+            and all(type(row[name]) is float for row in state["history"] for name in ("loss", "lr", "seconds"))
+        )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Be where `state` was saved."""
+        self.step, self.epoch, self.position = state["step"], state["epoch"], state["position"]
+        self.seconds, self.stopped, self.best = state["seconds"], state["stopped"], state["best"]
+        self.history.rows[:] = state["history"]
+        guard = state["guard"]
+        self.history.skipped = self.guard.bad = guard["bad"]
+        self.guard.start_epoch(guard["total"], guard["rows"])
+
+
+def _as_json(entropy: Any) -> Any:
+    """What a seed was made of, in lists of ints."""
+    return int(entropy) if isinstance(entropy, numbers.Integral) else [_as_json(part) for part in entropy]
+
+
+def shown(x: Any) -> str:
+    """Its `repr`, without where in memory it is."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x))
