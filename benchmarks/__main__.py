@@ -177,13 +177,19 @@ def start(
 
 
 @app.command()
-def memory(peers: PeersOption = None, runs: Runs = 3, json_: Json = None) -> None:
+def memory(
+    peers: PeersOption = None,
+    only: Annotated[str, typer.Option(metavar="A,B", help="Cases of training steps.")] = "step3,step4,step5",
+    runs: Runs = 3,
+    json_: Json = None,
+) -> None:
     """The peak of memory that training steps add to a process, beside the arrays that they must hold.
 
     Parameters, gradients, two moments, and what goes forward and comes back between the layers.
     """
     if sys.platform != "linux":
         raise typer.BadParameter("the peak of a process's memory is read as Linux tells it")
+    cases, _ = _chosen(only, {name: case for name, case in CASES.items() if case["kind"] == "step"})
     names, absent = _peers(peers)
     names = ["ours", "hand", *(name for name in names if name != "sklearn")]
     report: dict[str, Any] = {"runs": runs, "stand_in": False, **_circumstances(), "not_here": absent}
@@ -191,7 +197,7 @@ def memory(peers: PeersOption = None, runs: Runs = 3, json_: Json = None) -> Non
     out = console()
     columns = ("MB added to the peak", "must hold", *(LABELS[name] for name in names))
     table = Table(*columns, title=f"{runs} runs, medians", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("step3", "step4", "step5"):
+    for name in cases:
         found = report["cases"][name] = {"held": 0, "added": {}}
         for who in names:
             try:

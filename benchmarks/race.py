@@ -83,10 +83,14 @@ class Race:
                 with Worker(who, self.device, Path(folder, f"{who}.log")) as worker:
                     self.report["versions"][who] = worker.version
                     for name, case in cases.items():
-                        if case["kind"] in worker.kinds:
+                        if case["kind"] not in worker.kinds:
+                            continue
+                        found = self.report["cases"].setdefault(name, {**case, "counts": {}})
+                        try:
                             worker.ask("prepare", case=case, results=None, burst=None)
-                            found = self.report["cases"].setdefault(name, {**case, "counts": {}})
                             found["counts"][who] = worker.ask("count")
+                        except Failed as failed:
+                            self.report["complaints"].append(f"{name}: {LABELS[who]}: {failed}")
 
     def _timed(self, workers: dict[str, Worker], name: str, found: dict[str, Any], folder: Path) -> dict[str, Any]:
         """The seconds of each round of those who can do the case and do the same work."""

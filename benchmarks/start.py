@@ -24,7 +24,7 @@ IMPORTS = {
     "jax": "import jax",
     "sklearn": "import sklearn.neural_network",
 }
-TRAIN = ("-m", "anyarray_linear", "train", "--epochs", "20", "--overwrite", "--quiet", "--out")
+TRAIN = ("-m", "anyarray_linear", "train", "--overwrite", "--out")
 
 
 def seconds(rounds: int, names: list[str]) -> dict[str, list[float]]:
@@ -49,7 +49,7 @@ def _run(arguments: tuple[str, ...]) -> None:
 
 
 def memory(who: str, name: str) -> dict[str, Any]:
-    """Of 20 training steps in a process of their own, in bytes: what they added to its peak, and what they must hold."""
+    """Of a few training steps in a process of their own, in bytes: what they added to its peak, and what they must hold."""
     return answer_of("-m", "benchmarks.start", "memory", who, name)
 
 
@@ -62,7 +62,7 @@ def _memory(who: str, name: str) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, from what is there
     before = _status("VmRSS")
     step = contestant.step(**inputs, lr=LR)[0]
-    for _ in range(20):
+    for _ in range(5):
         value = step()
     getattr(value, "block_until_ready", lambda: None)()
     N, sizes = case["batch"][0], case["sizes"]
