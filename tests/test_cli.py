@@ -33,7 +33,7 @@ from anyarray_linear.testing import usable_devices
 
 ROOT = Path(__file__).parents[1]
 FILES = {"config.json", "model.safetensors", "history.jsonl", "curves.png", "report.html", "summary.json"}
-COMMANDS = ("train", "predict", "export", "devices", "verify", "bench", "explain")
+COMMANDS = ("train", "predict", "export", "devices", "verify", "explain")
 SMALL = ("--hidden", "16", "--device", "cpu")
 
 
