@@ -310,7 +310,7 @@ def test_cross_entropy_is_that_of_the_definition(backend, dtype, kind, shape):
     reference, kept = defined(loss, z, target.astype(np.float64) if target.dtype.kind == "f" else target)
     dreference = loss.backward(kept)
     C, N = shape[-1], math.prod(shape[:-1])
-    spread, T = np.ptp(z, axis=-1).max(), kept["T"]
+    spread, T = np.ptp(z, axis=-1).max(), kept["T"] if kept["T"].ndim == z.ndim else np.eye(C)[kept["T"]]
     # relative error of a softmax: that of the exponentials' arguments, and of at most C/8 additions in a thread and a tree
     relative = (2 * spread + C / 8 + 20) * wide(dtype)
     scale = (T * (spread + math.log(C) + 1)).sum() / N
