@@ -33,8 +33,8 @@ class CheckpointError(ValueError):
     """A file is damaged, or does not fit; the message names it and says why."""
 
     def __init__(self, message: str) -> None:
-        # it may quote the file, which must not fill the terminal, nor send it commands
-        super().__init__("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message[:8000]))
+        # it may quote the file, which must not fill the terminal, nor send it commands; twice is as once, for pickles
+        super().__init__("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message[:8000])[:8000])
 
 
 class File(NamedTuple):
