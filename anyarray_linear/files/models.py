@@ -14,15 +14,24 @@ from ..arrays.memory import explained_memory
 from ..arrays.selection import select_device
 from .architecture import architecture_of, built, described_size
 from .atomic import atomic_write
+from .foreign import in_dtypes, renamed
 from .sealed import CheckpointError, as_json, read, seal, told
 from .tensors import CURE, assign, match, memory_advice, placed_all, size_of, weights_of
 
 
-def save_model(model: Any, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:
+def save_model(
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    repeat_shared: bool = True,
+) -> None:
     """Write the weights and the architecture of `model` to the `safetensors` file `path`, atomically.
 
     model: a layer or container. Layers of the caller's own classes are saved too; such a file is read with `into=`.
     metadata: what else to keep, for `read_metadata`: anything JSON can hold, such as `{"classes": ["cat", "dog"]}`.
+    repeat_shared: whether the tensors of a layer that stands at several positions are there under each of them, which
+    `load_state_dict(load_file(path))` of PyTorch needs, or only under the first, which `safetensors.torch.load_model` needs.
 
     Raises `TypeError` for metadata that JSON cannot hold, and `OSError` where the file cannot be written; a file that was
     there is intact then.
@@ -37,15 +46,26 @@ def save_model(model: Any, path: str | os.PathLike[str], *, metadata: Mapping[st
     {'classes': ['cat', 'dog']}
     """
     info = {"architecture": architecture_of(model), "metadata": as_json("metadata", {} if metadata is None else metadata)}
-    atomic_write(path, seal(path, weights_of(model), info))
+    atomic_write(path, seal(path, weights_of(model, repeat_shared=repeat_shared), info))
 
 
-def load_model(path: str | os.PathLike[str], *, device: Any = None, into: Any = None) -> Any:
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    device: Any = None,
+    into: Any = None,
+    names: Mapping[str, str] | None = None,
+    cast: bool = False,
+) -> Any:
     """The model in a file of `save_model` or `save_checkpoint`, or `into` filled from any file with PyTorch's names.
 
     device: where the model shall be, a `Device` or what `select_device` takes; by default NumPy on the CPU.
-    into: a model that gets the weights, where it is; its parameters must have the names, shapes and dtypes of the file. So
-    files of `safetensors.torch.save_file(model.state_dict(), path)` are read, and layers of the caller's own classes filled.
+    into: a model that gets the weights, where it is; its parameters must have the names and shapes of the file. So files of
+    `safetensors.torch.save_file(module.state_dict(), path)` are read, and layers of the caller's own classes filled. The
+    numbered layers of a `torch.nn.Sequential` count in their order: modules without parameters shift nothing. A dtype that
+    holds every value of the file's is taken as well, so bfloat16 and float16 in float32.
+    names: how the file's layers or tensors are called in `into`, such as `{"fc1": "0", "fc2": "2"}`.
+    cast: whether the weights may be rounded to a narrower dtype of `into`.
 
     Returns the new model, or `into`.
 
@@ -54,10 +74,13 @@ def load_model(path: str | os.PathLike[str], *, device: Any = None, into: Any = 
     if into is not None:
         if device is not None:
             raise ValueError("into has its device already; leave device out, or move the model with into.to(device)")
-        matching = match(path, read(path, lambda info: size_of(into)).weights, into)
+        weights = renamed(path, read(path, lambda info: size_of(into)).weights, names, into)
+        matching = match(path, in_dtypes(path, weights, into, cast), into)
         with memory_advice(into):
             assign(placed_all(matching))
         return into
+    if names is not None or cast:
+        raise ValueError("names and cast are about a model that is there; give it: load_model(path, into=model, ...)")
 
     def described(info: dict[str, Any] | None) -> float:
         if info is None:

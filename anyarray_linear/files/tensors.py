@@ -39,13 +39,23 @@ def _file_shape(layer: Any, p: str) -> tuple[int, ...]:
     return shape[1:] if isinstance(layer, Linear) and p == "b" else shape
 
 
+def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a file, by its name."""
+    return {name: _file_shape(layer, p) for name, (layer, p) in places_of(model).items()}
+
+
 def on_host(x: Array) -> Host:
     """`x` on the host and C-contiguous: safetensors' NumPy writer takes any other array's memory in the wrong order."""
     return np.asarray(Device.of(x).to_numpy(x), order="C")
 
 
-def weights_of(model: Any) -> dict[str, Host]:
-    return {name: on_host(getattr(layer, p)).reshape(_file_shape(layer, p)) for name, (layer, p) in places_of(model).items()}
+def weights_of(model: Any, *, repeat_shared: bool = True) -> dict[str, Host]:
+    """The tensors of a file; a shared layer's under each of its positions, or under the first one only."""
+    places = places_of(model)
+    if not repeat_shared:
+        first = {(id(layer), p): name for name, (layer, p) in reversed(places.items())}
+        places = {name: (layer, p) for name, (layer, p) in places.items() if first[id(layer), p] == name}
+    return {name: on_host(getattr(layer, p)).reshape(_file_shape(layer, p)) for name, (layer, p) in places.items()}
 
 
 def size_of(model: Any) -> int:

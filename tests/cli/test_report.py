@@ -171,6 +171,7 @@ def test_resumed_run_shows_its_epochs_from_before(tmp_path: Path) -> None:
     assert f"from {rows[0]['weight_norms']['0']:.4g} to {rows[3]['weight_norms']['0']:.4g}" in told
 
 
+@pytest.mark.filterwarnings("ignore:.*another whole number")
 def test_names_from_the_data_are_text_and_no_code(table: Path, tmp_path: Path) -> None:
     folder = trained(tmp_path / "a <b> & 'c'", "--data", table, "--epochs", 2)
     page = page_of(folder)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import doctest
 import json
+import math
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -63,7 +65,8 @@ FUNCTIONS = {  # the activations as float64 functions, and the largest size of t
     Tanh: (np.tanh, 1.0),
     Sigmoid: (sigmoid, 0.25),
     SiLU: (lambda x: x * sigmoid(x), 1.1),
-    GELU: (lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), 1.13),
+    GELU: (np.vectorize(lambda x: x / 2 * math.erfc(-x / math.sqrt(2))), 1.13),
+    "tanh": (lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), 1.13),
 }
 
 
@@ -75,7 +78,7 @@ def expected(model, X, dtype):
             Z = Z @ Rounded(leaf.W.T, dtype=dtype)
             Z = Z if leaf.b is None else Z + Rounded(leaf.b, dtype=dtype)
         else:
-            Z = Z.relu() if isinstance(leaf, ReLU) else Z.smooth(*FUNCTIONS[type(leaf)])
+            Z = Z.relu() if isinstance(leaf, ReLU) else Z.smooth(*FUNCTIONS["tanh" if getattr(leaf, "approximate", "") == "tanh" else type(leaf)])
     return Z
 
 
@@ -94,7 +97,7 @@ def test_a_layer_in_onnx_runtime_is_within_the_error_bound(dtype, bias):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", [ReLU, Tanh, Sigmoid, SiLU, GELU])
+@pytest.mark.parametrize("activation", [ReLU, Tanh, Sigmoid, SiLU, GELU, partial(GELU, "tanh")])
 def test_a_network_in_onnx_runtime_is_within_the_error_bound(activation, dtype):
     model = Sequential(
         layer(20, 32, dtype=dtype), activation(), Sequential(layer(32, 32, bias=False, dtype=dtype), activation()),
@@ -110,11 +113,36 @@ def test_a_network_in_onnx_runtime_is_within_the_error_bound(activation, dtype):
 
 
 def test_the_bound_notices_a_wrong_activation():
-    model, X = Sequential(layer(20, 32), GELU(), layer(32, 5)), np.random.default_rng(0).standard_normal((9, 20))
+    model, X = Sequential(layer(20, 32), GELU("tanh"), layer(32, 5)), np.random.default_rng(0).standard_normal((9, 20))
     proto = to_onnx(model)
     (a,) = (x for x in proto.graph.initializer if x.name == "gelu.c")
     a.CopyFrom(onnx.numpy_helper.from_array(np.asarray(0.0442, "float32"), "gelu.c"))
     assert expected(model, X, "float32").share(run(proto, X.astype("float32"))) > 1
+
+
+@pytest.mark.parametrize("shape", [(20,), (7, 20), (2, 3, 20), (2, 1, 3, 20), (0, 3, 20)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_inputs_of_any_rank(shape, bias):
+    shared = layer(32, 32, bias=bias)
+    model = Sequential(layer(20, 32), ReLU(), shared, ReLU(), shared, layer(32, 5))
+    proto = to_onnx(model, batch_axes=len(shape) - 1)
+    assert [x.name for x in proto.graph.initializer if x.name.startswith("2.")] == ["2.weight", "2.bias"][: 1 + bias]
+    X = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    Z = run(proto, X)
+    assert Z.shape == (*shape[:-1], 5)
+    if Z.size:
+        assert expected(model, X.reshape(-1, 20), "float32").share(Z.reshape(-1, 5)) <= 1
+    P = run(to_onnx(model, batch_axes=len(shape) - 1, softmax=True), X)
+    np.testing.assert_allclose(P.sum(axis=-1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("opset", [13, 14, 17, 18, 20, 21])
+def test_every_version_of_the_operators_computes_the_same(opset):
+    model = Sequential(layer(20, 32), Tanh(), layer(32, 32), GELU(), layer(32, 5))
+    X = np.random.default_rng(0).standard_normal((7, 20)).astype("float32")
+    proto = to_onnx(model, opset=opset, softmax=True)
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", opset)]
+    np.testing.assert_array_equal(run(proto, X), run(to_onnx(model, softmax=True), X))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,10 +188,13 @@ def test_arrays_of_every_backend_are_exported(backend):
 
 
 def test_the_graph_is_gemms_and_activations_with_a_free_batch_axis():
-    model = Sequential(layer(4, 3), SiLU(), Sequential(layer(3, 2, bias=False), GELU()))
+    model = Sequential(layer(4, 3), SiLU(), Sequential(layer(3, 2, bias=False), GELU("tanh"), GELU()))
     proto = to_onnx(model)
     operators = [node.op_type for node in proto.graph.node]
-    assert operators == ["Gemm", "Sigmoid", "Mul", "Gemm", "Mul", "Mul", "Add", "Mul", "Mul", "Tanh", "Mul", "Add", "Mul"]
+    assert operators == [
+        "Gemm", "Sigmoid", "Mul", "Gemm", "Mul", "Mul", "Add", "Mul", "Mul", "Tanh", "Mul", "Add", "Mul",
+        "Mul", "Erf", "Mul", "Add", "Mul",
+    ]  # fmt: skip
     gemm = proto.graph.node[0]
     assert [(a.name, a.i) for a in gemm.attribute] == [("transB", 1)]
     ends = {}
@@ -247,6 +278,24 @@ def test_more_classes_than_outputs_are_refused():
         to_onnx(layer(2, 3), metadata={"classes": ["a", "b"]})
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"opset": 12}, ValueError, "opset is 12; give 13 to "),
+        ({"opset": 1000}, ValueError, "opset is 1000; give 13 to [0-9]+, the newest that onnx "),
+        ({"opset": "13"}, TypeError, "opset is '13', a str; give an int"),
+        ({"batch_axes": -1}, ValueError, "batch_axes is -1; give 0 or more"),
+        ({"batch_axes": None}, TypeError, "batch_axes is None, a NoneType; give an int"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(options, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        to_onnx(layer(2, 3), **options)
+    save_model(layer(2, 3), tmp_path / "m")
+    with pytest.raises(error, match=f"^{message}"):
+        file_to_onnx(tmp_path / "m", **options)
+
+
 def test_a_model_beyond_the_limit_of_the_format_is_refused_before_it_is_copied(monkeypatch):
     big = Linear(2, 3)
     big.W = np.broadcast_to(np.float32(0), (30_000, 20_000))
@@ -284,6 +333,8 @@ def test_the_command_writes_the_file_and_says_so(saved):
     assert {p.key: json.loads(p.value) for p in proto.metadata_props} == {"classes": ["a", "b"], "features": list("wxyz")}
     assert run(proto, np.ones((2, 4), "float32")).sum(axis=1) == pytest.approx([1, 1])
     assert command("run/model.safetensors", "other.onnx", cwd=saved).stdout.startswith("other.onnx: X (batch, 4) -> Z")
+    assert command("run", "new.onnx", "--opset", "18", cwd=saved).stdout.endswith("opset 18\n")
+    assert [o.version for o in onnx.load(str(saved / "new.onnx")).opset_import] == [18]
 
 
 @pytest.mark.parametrize(

@@ -31,14 +31,13 @@ from hypothesis import strategies as st
 from anyarray_linear import SGD, Adam, Linear, Sequential, distributed, fit, load_checkpoint
 from anyarray_linear.cli._app import app
 from anyarray_linear.cli._results import show
-from anyarray_linear.distributed import Group, RankError, agreement, over_mpi
-from anyarray_linear.distributed.agreement import digest_of_rows
+from anyarray_linear.distributed import Group, RankError, over_mpi
 from anyarray_linear.distributed.launching import fitting_threads
 from anyarray_linear.files.checkpoints import checkpoints
 from anyarray_linear.initializers import layer_seed
 from anyarray_linear.training.data import epoch_order
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
 ENVIRONMENT = {
     **os.environ,
@@ -432,26 +431,6 @@ def test_a_fault_of_the_program_keeps_its_traceback_on_the_rank_that_has_it(toge
     assert found[1]["fault"][:2] == ("KeyError", "'a fault'")
     assert [rank["fault"] for rank in found[2:]] == [2, 2]
     assert not (folder / "fault").exists()
-
-
-def test_the_digest_of_data_sees_a_single_value_and_not_where_the_data_is(tmp_path, monkeypatch):
-    X = np.random.default_rng(0).standard_normal((50, 3))
-    one = digest_of_rows(X, "float32")
-    np.save(tmp_path / "X.npy", X)
-    monkeypatch.setattr(agreement, "DIGESTED", 160)  # in parts of 3 rows
-    assert digest_of_rows(np.load(tmp_path / "X.npy", mmap_mode="r"), "float32") == one
-    for i in range(50):
-        other = X.copy()
-        other[i, 1] += 1
-        assert digest_of_rows(other, "float32") != one
-    assert digest_of_rows(X.reshape(25, 6), "float32") != one
-    assert digest_of_rows(X + 1e-12, "float32") == one  # training does not see it
-
-    monkeypatch.setattr(agreement, "DIGESTED", 60)  # 20 rows of the 50
-    seen = [digest_of_rows(X + (np.arange(50) == i)[:, None], "float64") for i in range(50)]
-    same = seen.count(digest_of_rows(X, "float64"))
-    assert same == 30
-    assert digest_of_rows(X, "float64") not in (seen[0], seen[-1])
 
 
 @pytest.mark.parametrize("group", ["mpi", distributed.mpi])

@@ -92,7 +92,7 @@ print(os.waitpid(child, 0)[1])
 """
     # since Python 3.12, fork warns of threads: there are some here on purpose
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))}
     assert subprocess.check_output(command, env=environment, text=True, timeout=120).strip() == "0"
 
 
@@ -119,7 +119,7 @@ def train(optimizer, dtype, steps=20, where=None, hidden=300):
 def test_optimizers_update_in_place_to_the_same_bits(name, dtype, pack, block, monkeypatch):
     monkeypatch.setattr(numpy_lane, "PACK", pack)
     monkeypatch.setattr(numpy_lane, "BLOCK", block)
-    monkeypatch.setattr(numpy_lane, "_cores", lambda: 3)
+    monkeypatch.setattr(numpy_lane, "usable_cores", lambda: {0, 1, 2})
     mine, theirs = OPTIMIZERS[name](), OPTIMIZERS[name]()
     fast = train(mine, dtype)
     with lanes.off():
@@ -162,7 +162,7 @@ def test_a_training_step_needs_little_memory_beside_what_it_works_on(sizes, batc
 
 def test_large_models_are_updated_by_several_threads(monkeypatch):
     monkeypatch.setattr(numpy_lane, "BLOCK", 1000)
-    monkeypatch.setattr(numpy_lane, "_cores", lambda: 3)
+    monkeypatch.setattr(numpy_lane, "usable_cores", lambda: {0, 1, 2})
     threads, together = set(), threading.Barrier(3, timeout=60)
     rule = numpy_lane._RULES[SGD]
 
@@ -179,7 +179,7 @@ def test_large_models_are_updated_by_several_threads(monkeypatch):
 
 def test_no_thread_still_updates_after_the_step_was_interrupted(monkeypatch):
     monkeypatch.setattr(numpy_lane, "BLOCK", 1000)
-    monkeypatch.setattr(numpy_lane, "_cores", lambda: 3)
+    monkeypatch.setattr(numpy_lane, "usable_cores", lambda: {0, 1, 2})
     rule, main, at_work, released = numpy_lane._RULES[SGD], threading.get_ident(), threading.Barrier(3, timeout=60), []
 
     def interrupted(*arguments):

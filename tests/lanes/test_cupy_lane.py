@@ -101,31 +101,107 @@ def test_the_layer_has_the_bits_of_the_portable_products(backend, dtype, shape):
 @pytest.mark.parametrize("O", [1, 3])
 def test_many_equal_terms_add_up(backend, dtype, tf32, O, monkeypatch):
     """5,000 ones are 5,000, which a float16 sum never reaches: from 2,048 on, one more changes nothing."""
-    lane = pytest.importorskip("anyarray_linear.lanes.cupy")
+    lane = pytest.importorskip("anyarray_linear.lanes.cupy.products")
     monkeypatch.setattr(lane, "TF32", tf32)
     dZ, X, W = (backend.asarray(np.ones(s, dtype)) for s in ((5000, O), (5000, 2), (O, 2)))
     assert (backend.to_numpy(linear_backward(dZ, X, W).db) == 5000).all()
 
 
 @on_cuda
-def test_with_tf32_the_bias_gradient_is_no_product(backend, monkeypatch):
-    lane = pytest.importorskip("anyarray_linear.lanes.cupy")
+def test_with_tf32_factors_are_rounded_but_never_those_of_the_bias_gradient(backend, monkeypatch):
+    products = pytest.importorskip("anyarray_linear.lanes.cupy.products")
     dZ, X, W = (backend.asarray(random(*s)) for s in ((50, 4), (50, 3), (4, 3)))
-    used = []
-    monkeypatch.setattr(lane, "ones_row", lambda *a, ones_row=lane.ones_row: used.append(1) or ones_row(*a))
-    by_product = linear_backward(dZ, X, W).db
-    assert used == [1]
-    monkeypatch.setattr(lane, "TF32", True)
-    by_sum = linear_backward(dZ, X, W).db
-    assert used == [1]
-    host = backend.to_numpy(dZ).astype(np.float64)
-    for db in (by_product, by_sum):
+    asked, handle = [], products._handle(backend.native.id)
+    monkeypatch.setattr(handle, "gemm", lambda *a, gemm=handle.gemm: asked.append(a[-2]) or gemm(*a))
+    full, in_tf32 = 68, 77  # CUBLAS_COMPUTE_32F and CUBLAS_COMPUTE_32F_FAST_TF32
+    for tf32, factors in ((False, full), (True, in_tf32)):
+        monkeypatch.setattr(products, "TF32", tf32)
+        asked.clear()
+        db = linear_backward(dZ, X, W).db
+        assert asked == [full, factors, factors]
+        host = backend.to_numpy(dZ).astype(np.float64)
         close(backend, db, host.sum(axis=0, keepdims=True), 60 * UNIT["float32"] * np.abs(host).sum(axis=0))
+        monkeypatch.setattr(products, "TF32", tf32)
+        double = linear_backward(*(backend.asarray(random(*s), "float64") for s in ((5, 4), (5, 3), (4, 3))))
+        assert asked[3:] == [70, 70, 70]  # CUBLAS_COMPUTE_64F
+        assert double.db.dtype == np.float64
+
+
+def laid_out(cupy, M, how):
+    """A copy of `M`, laid out in memory in one of the ways that slicing and transposing make."""
+    rows, columns = M.shape
+    spaced = cupy.zeros((2 * rows + 1, 3 * columns + 2), M.dtype)
+    view = {
+        "rows": lambda: cupy.empty((rows, columns), M.dtype),
+        "columns": lambda: cupy.empty((columns, rows), M.dtype).T,
+        "wide rows": lambda: spaced[:rows, 1 : columns + 1],
+        "every other row": lambda: spaced[: 2 * rows : 2, :columns],
+        "every other column": lambda: spaced[:rows, : 2 * columns : 2],
+        "from behind": lambda: spaced[:rows, :columns][::-1, ::-1],
+        "wide columns": lambda: cupy.zeros((columns, rows + 3), M.dtype)[:, 2 : rows + 2].T,
+        "one row, repeated": lambda: cupy.broadcast_to(M[:1], M.shape),
+    }[how]()
+    if how != "one row, repeated":
+        view[...] = M
+    return view
+
+
+LAYOUTS = ("rows", "columns", "wide rows", "every other row", "every other column", "from behind", "wide columns", "one row, repeated")
+
+
+@on_cuda
+@dtypes
+@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 4, 5), (3, 1, 5), (3, 4, 1), (1, 1, 5), (1, 4, 1), (3, 1, 1), (0, 4, 5), (3, 0, 5), (3, 4, 0)], ids=str)
+def test_products_of_any_strides_are_products(backend, dtype, shape):
+    products, cupy = pytest.importorskip("anyarray_linear.lanes.cupy.products"), pytest.importorskip("cupy")
+    m, k, n = shape
+    with backend.computing():
+        for how_A in LAYOUTS:
+            for how_B in LAYOUTS:
+                if 0 in shape and "repeated" in how_A + how_B:
+                    continue
+                A = laid_out(cupy, backend.asarray(random(m, k, dtype=dtype)), how_A)
+                B = laid_out(cupy, backend.asarray(random(k, n, dtype=dtype, seed=1)), how_B)
+                a, b = (backend.to_numpy(x).astype(np.float64) for x in (A, B))
+                C = products.gemm(A, B)
+                assert C.flags.c_contiguous
+                close(backend, C, a @ b, 1.1 * (k + 1) * wide(dtype) * (abs(a) @ abs(b)) + UNIT[dtype] * abs(a @ b) + TINY[dtype])
+                assert C.dtype == A.dtype
+
+
+@on_cuda
+@dtypes
+def test_captured_products_have_the_bits_of_eager_ones(backend, dtype):
+    products, cupy = pytest.importorskip("anyarray_linear.lanes.cupy.products"), pytest.importorskip("cupy")
+    A, B = backend.asarray(random(33, 65, dtype=dtype)), backend.asarray(random(65, 7, dtype=dtype))
+    with backend.computing():
+        eager, memory = products.gemm(A, B), products.workspace()
+        C = products.gemm(A, B)
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            products.gemm(A, B)
+            with products.capturable(stream, memory):
+                stream.begin_capture()
+                try:
+                    C = products.gemm(A, B)
+                finally:
+                    graph = stream.end_capture()
+            C[...] = 0
+            graph.launch(stream)
+            stream.synchronize()
+    same(backend, C, eager)
+    same(backend, products.gemm(A, B) if backend.native.id == 0 else eager, eager)  # and the eager way is as it was
+
+
+def test_a_product_that_is_one_number_does_not_overflow_in_float16():
+    cupy = pytest.importorskip("cupy")
+    X, W = cupy.asarray([[300.0, 300.0]], "e"), cupy.asarray([[300.0, -300.0]], "e")
+    assert float(linear_forward(X, W)[0, 0]) == 0  # of 90,000, which no float16 is
 
 
 # activations
 
-ACTIVATIONS = [ReLU(), Tanh(), Sigmoid(), SiLU(), GELU()]
+ACTIVATIONS = [ReLU(), Tanh(), Sigmoid(), SiLU(), GELU(), GELU("tanh")]
 
 
 def values(shape, dtype):
@@ -678,7 +754,7 @@ def test_an_activation_is_one_kernel_each_way(backend, activation):
 
 @counted
 @on_cuda
-@pytest.mark.parametrize(("N", "forward"), [(64, 1), (1024, 1), (4096, 2)])
+@pytest.mark.parametrize(("N", "forward"), [(64, 1), (200, 1), (1024, 2)])
 def test_a_loss_is_one_kernel_each_way(backend, N, forward):
     """Forward, over more than `ONE_BLOCK` elements, it is two: nothing beside the time that so many elements take."""
     Z = backend.asarray(random(N, 10))
