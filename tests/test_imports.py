@@ -13,7 +13,10 @@ import pytest
 import anyarray_linear
 
 PACKAGE = Path(anyarray_linear.__file__).parent
-MATHEMATICS = ("linear", "activations", "sequential", "losses", "optimizers", "schedules", "protocol")
+MATHEMATICS = (
+    *("linear", "activations", "dropout", "erf", "sequential", "losses", "optimizers", "schedules", "protocol"),
+    *("binding", "guard", "step"),
+)
 HEAVY = (
     *("cupy", "cupyx", "cupy_backends", "torch", "jax", "array_api_strict", "pandas", "scipy", "sklearn"),
     *("typer", "click", "rich", "safetensors", "matplotlib", "onnx", "mpi4py", "hypothesis", "pytest"),
@@ -125,9 +128,8 @@ def test_a_Python_number_made_of_an_array_would_be_found(call):
 ROOMS = """
 arrays
 datasets
+linear erf activations dropout normalization losses optimizers binding schedules initializers protocol sequential guard step testing
 lanes
-linear erf activations dropout normalization losses optimizers schedules initializers protocol sequential guard testing
-lanes.flat lanes.numpy lanes.cupy
 files distributed
 training
 interop
@@ -135,31 +137,75 @@ cli
 """
 
 
-def room(parts):
-    """The name of a module as `ROOMS` has it: packages other than `lanes` are one room."""
-    return ".".join(parts[:2] if parts[0] == "lanes" else parts[:1])
+def imports_of(parts, source):
+    """The modules of the package that a module imports, at its top or inside functions, by statement or by string."""
+    package = parts if parts[-1] == "__init__" else parts[:-1]
+    package = package[:-1] if package and package[-1] == "__init__" else package
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("anyarray_linear"):
+                    yield tuple(alias.name.split(".")[1:])
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = package[: len(package) - node.level + 1]
+            elif (node.module or "").startswith("anyarray_linear"):
+                base = ()
+            else:
+                continue
+            module = (node.module or "").removeprefix("anyarray_linear").strip(".")
+            for alias in node.names:
+                yield (*base, *module.split(".")) if module else (*base, alias.name)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")) and node.args:
+            name = ast.unparse(node.args[0]).strip("f'\"")
+            if name.startswith("anyarray_linear"):
+                yield tuple(name.split(".")[1:])
+            elif name.startswith("."):
+                up = len(name) - len(name.lstrip("."))
+                yield (*package[: len(package) - up + 1], *name.strip(".").split("."))
+
+
+def rank_of(parts):
+    """The line of `ROOMS` that a module is on; the public names of the package stand above all but the commands."""
+    rank = {name: i for i, line in enumerate(ROOMS.split("\n")) for name in line.split()}
+    return rank.get(parts[0], rank["training"]) if parts else rank["training"]
 
 
 def test_imports_point_downwards_only():
-    rank = {name: i for i, line in enumerate(ROOMS.split("\n")) for name in line.split()}
-    seen = set()
+    upwards, seen = [], set()
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        package = parts[:-1]
-        parts = package if parts[-1] == "__init__" else parts
-        if not package and parts in ((), ("__main__",)):  # the public names, and the command
+        if parts in (("__init__",), ("__main__",)):  # the public names, and the command
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.ImportFrom) or not node.level:
+        for target in imports_of(parts, path.read_text()):
+            if target == ("__version__",) or (target and target[0] == parts[0]):
                 continue
-            base = package[: len(package) - node.level + 1]
-            targets = [(*base, *node.module.split("."))] if node.module else [(*base, alias.name) for alias in node.names]
-            for target in targets:
-                here, there = room(parts), room(target)
-                if target == ("__version__",) or here == there:
-                    continue
-                if not base and not node.module and there not in rank:  # `from .. import Linear`: the public names
-                    there = "training"
-                seen.add((here, there))
-                assert rank[there] <= rank[here], f"{'.'.join(parts)} imports {'.'.join(target)}"
-    assert {("training", "files"), ("lanes.numpy", "optimizers"), ("testing", "linear")} <= seen  # also in functions
+            seen.add((parts[0], target[0]))
+            if rank_of(target) > rank_of(parts):
+                upwards.append(f"{'.'.join(parts)} imports {'.'.join(target)}")
+    assert upwards == []
+    assert {("training", "files"), ("lanes", "optimizers"), ("testing", "linear"), ("linear", "arrays")} <= seen
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from ..training import fit", "def f():\n    from ..training.run import Run", "import anyarray_linear.training",
+     "from anyarray_linear.training import fit", "import_module('anyarray_linear.training.run')",
+     "importlib.import_module('..training', __name__)", "from .. import training"],
+)  # fmt: skip
+def test_an_arrow_that_points_up_would_be_seen(line):
+    (target,) = {target[:1] for target in imports_of(("lanes", "numpy"), line)}
+    assert target == ("training",)
+    assert rank_of(target) > rank_of(("lanes", "numpy"))
+
+
+def test_every_module_has_its_room():
+    rooms = {name for line in ROOMS.split("\n") for name in line.split()}
+    there = {path.stem if path.suffix else path.name for path in PACKAGE.iterdir()}
+    assert there - {"__init__", "__main__", "__pycache__", "py"} - rooms == set()
+    assert rooms <= there
+
+
+def test_a_module_is_one_idea_and_not_long():
+    long = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: lines for name, lines in long.items() if lines > 450} == {}
