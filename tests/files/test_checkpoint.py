@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tampered import header_of, resealed, with_header
 
 import anyarray_linear
 from anyarray_linear import GELU, SGD, Adam, AdamW, Linear, ReLU, Sequential, Sigmoid, SiLU, Tanh
@@ -35,7 +36,6 @@ from anyarray_linear.schedules import cosine
 pytest.importorskip("safetensors")
 
 Damage = Callable[[bytes], bytes]
-Header = dict[str, Any]
 
 
 def shared_model(**options: Any) -> Sequential:
@@ -71,33 +71,6 @@ def snapshot(model: Any, optimizer: Any) -> Any:
     rule = optimizer.state_dict()
     moments = {name: {m: x.tobytes() for m, x in own.items()} for name, own in rule.pop("moments").items()}
     return rule, moments, to_bytes(model), {name: id(x) for name, x in model.parameters().items()}
-
-
-def header_of(data: bytes) -> tuple[Header, bytes]:
-    size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size]), data[8 + size :]
-
-
-def with_header(header: Header | bytes, body: bytes = b"") -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + body
-
-
-def resealed(
-    data: bytes,
-    change: Callable[[dict[str, Any]], object] = lambda info: None,
-    change_tensors: Callable[[dict[str, Any]], object] = lambda tensors: None,
-) -> bytes:
-    """The file with other content and the checksum that belongs to it, as somebody with bad intentions has it."""
-    from safetensors.numpy import load, save
-
-    header, _ = header_of(data)
-    info, tensors = json.loads(header["__metadata__"]["anyarray_linear"]), load(data)
-    del info["sha256"]
-    change(info)
-    change_tensors(tensors)
-    info["sha256"] = sealed._digest(info, tensors)
-    return save(tensors, metadata={"anyarray_linear": json.dumps(info)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
