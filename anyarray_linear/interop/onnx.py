@@ -1,10 +1,10 @@
 """Models as ONNX files, which ONNX Runtime and many other programs run without this library.
 
-A `Linear` is a `Gemm` with `transB=1`, `Z = X W^T + b`; an activation and `LayerNorm` are their formulas in ONNX's operators,
-and `Dropout` is not there, as it does nothing in inference. A layer that stands at several positions has its weights in the file
-once, under the names that `save_model` gives them, which are PyTorch's. The file's input is `X` `(batch, in_features)`, with
-any batch size, its output `Z` `(batch, out_features)`, or `P`, the softmax of `Z`, where that is asked for. `classes`,
-`features` and what else the metadata has are the file's metadata, as JSON.
+A `Linear` is a `Gemm` with `transB=1`, `Z = X W^T + b`; an activation and `LayerNorm` are their formulas in ONNX's
+operators, and `Dropout` is not there, as it does nothing in inference. A layer that stands at several positions has its
+weights in the file once, under the names that `save_model` gives them, which are PyTorch's. The file's input is `X`
+`(batch, in_features)`, with any batch size, its output `Z` `(batch, out_features)`, or `P`, the softmax of `Z`, where that
+is asked for. `classes`, `features` and what else the metadata has are the file's metadata, as JSON.
 
 Only the `onnx` package is needed, and nothing is computed: a float16 model is exported without a device that runs it.
 """
