@@ -19,7 +19,7 @@ from rich import box
 from rich.table import Table
 
 from anyarray_linear import select_device
-from anyarray_linear.arrays import doctor
+from anyarray_linear.arrays import cards
 
 from . import host as host_time
 from . import start as whole_processes
@@ -92,7 +92,7 @@ def peers(
         "device": str(place),
         "name": place.name,
         "stand_in": stand_in,
-        "cautions": doctor.cautions(place.index) if place.index is not None else [],
+        "cautions": cards.cautions(place.index) if place.index is not None else [],
         "runs": runs,
         "rounds": rounds,
         "estimator": f"median over all rounds of the fastest of {BURSTS} bursts; spread: quartiles",

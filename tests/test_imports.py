@@ -126,7 +126,7 @@ ROOMS = """
 arrays
 datasets
 lanes
-linear activations losses optimizers schedules initializers protocol sequential guard testing
+linear erf activations dropout normalization losses optimizers schedules initializers protocol sequential guard testing
 lanes.flat lanes.numpy lanes.cupy
 files distributed
 training

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import erf
 from ..activations import GELU
 from ..files.architecture import architecture_of, shown
 from ..files.atomic import atomic_write
@@ -33,6 +34,39 @@ OPSET = 13
 """What the files are written in: old enough for nearly every reader (ONNX 1.8), and with `Softmax` as it is today."""
 
 _Step = tuple[str, ...]  # the name of a result, the operator, and the names of its inputs
+_CONSTANTS = {
+    "gelu.a": GELU._a, "gelu.c": GELU._c, "gelu.half": 0.5, "gelu.one": 1.0, "gelu.root": math.sqrt(0.5),
+    "erf.0": 0.0, "erf.small": erf.SMALL, "erf.middle": erf.MIDDLE, "erf.root": 1 / math.sqrt(math.pi),
+    **{
+        f"erf.{name}.{part}{i}": c
+        for name, ratio in (("R1", erf.R1), ("R2", erf.R2), ("R3", erf.R3))
+        for part, coefficients in zip("PQ", ratio, strict=True)
+        for i, c in enumerate(coefficients)
+    },
+}
+
+
+def _ratio(name: str, x: str) -> Iterator[_Step]:
+    """The quotient `name` of two polynomials in `x`, by Horner's rule."""
+    for part, coefficients in zip("PQ", getattr(erf, name), strict=True):
+        value = f"erf.{name}.{part}0"
+        for i in range(1, len(coefficients)):
+            yield f"{name}{part}{i}x", "Mul", value, x
+            value = f"{name}{part}{i}"
+            yield value, "Add", f"{value}x", f"erf.{name}.{part}{i}"
+    yield name, "Div", *(f"{name}{part}{len(c) - 1}" for part, c in zip("PQ", getattr(erf, name), strict=True))
+
+
+_ERF: tuple[_Step, ...] = (  # E = erf(U) as in our own erf, for float64: ONNX Runtime has the operator in float32 only
+    *(("Y", "Abs", "U"), ("Small", "LessOrEqual", "Y", "erf.small"), ("S", "Where", "Small", "U", "erf.0")),
+    *(("SS", "Mul", "S", "S"), *_ratio("R1", "SS"), ("Near", "Mul", "S", "R1")),
+    *(("Ym", "Min", "Y", "erf.middle"), *_ratio("R2", "Ym"), ("Yf", "Max", "Y", "erf.middle"), ("YY", "Mul", "Yf", "Yf")),
+    *(("T", "Reciprocal", "YY"), *_ratio("R3", "T"), ("TR", "Mul", "T", "R3"), ("TRr", "Add", "TR", "erf.root")),
+    *(("Outer", "Div", "TRr", "Yf"), ("IsMiddle", "LessOrEqual", "Y", "erf.middle")),
+    *(("R", "Where", "IsMiddle", "R2", "Outer"), ("Y2", "Mul", "Y", "Y"), ("mY2", "Neg", "Y2"), ("exp", "Exp", "mY2")),
+    *(("C", "Mul", "exp", "R"), ("C1", "Sub", "gelu.one", "C"), ("Sign", "Sign", "U"), ("Far", "Mul", "Sign", "C1")),
+    ("E", "Where", "Small", "Near", "Far"),
+)
 _FORMULAS: dict[str, tuple[_Step, ...]] = {
     "ReLU": (("Z", "Relu", "X"),),
     "Tanh": (("Z", "Tanh", "X"),),
@@ -40,12 +74,15 @@ _FORMULAS: dict[str, tuple[_Step, ...]] = {
     "SiLU": (("S", "Sigmoid", "X"), ("Z", "Mul", "X", "S")),
     # not the operator Gelu: its definition has the constants in float32, so in float64 it is off by 1e-8
     "GELU": (
+        *(("U", "Mul", "X", "gelu.root"), ("E", "Erf", "U"), ("H", "Mul", "X", "gelu.half")),
+        *(("V", "Add", "E", "gelu.one"), ("Z", "Mul", "H", "V")),
+    ),
+    "GELU(tanh)": (
         *(("S", "Mul", "X", "X"), ("C", "Mul", "S", "gelu.c"), ("D", "Add", "C", "gelu.one")),
         *(("A", "Mul", "X", "gelu.a"), ("U", "Mul", "A", "D"), ("T", "Tanh", "U")),
         *(("H", "Mul", "X", "gelu.half"), ("V", "Add", "T", "gelu.one"), ("Z", "Mul", "H", "V")),
     ),
 }
-_CONSTANTS = {"gelu.a": GELU._a, "gelu.c": GELU._c, "gelu.half": 0.5, "gelu.one": 1.0}
 _MOST_BYTES = 2**31 - 2**24  # protobuf's limit is 2 GiB, and names and metadata take some of it
 
 
@@ -121,16 +158,15 @@ def _proto(
         raise ValueError(f"metadata names {len(classes)} classes, but the model has {out_features} outputs")
 
     nodes: list[Any] = []
-    X = "X"
+    X, dtype = "X", next(iter(weights.values())).dtype
     for position, first, spec in positions:
-        for Z, operator, *inputs in _steps(position, first, spec, X, batch_axes):
+        for Z, operator, *inputs in _steps(position, first, spec, X, dtype.name, batch_axes):
             options = {"transB": 1} if operator == "Gemm" else {}
             nodes.append(onnx.helper.make_node(operator, inputs, [Z], name=f"{Z}:{operator}", **options))
             X = Z
     nodes[-1].output[0] = "Z"
     if softmax:
         nodes.append(onnx.helper.make_node("Softmax", ["Z"], ["P"], name="P:Softmax", axis=-1))
-    dtype = next(iter(weights.values())).dtype
     values = {**weights, **{name: np.asarray(value, dtype=dtype) for name, value in _CONSTANTS.items()}}
     used = dict.fromkeys(name for node in nodes for name in node.input if name in values)  # each once, in order
     kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
@@ -215,7 +251,7 @@ def _check_options(onnx: Any, opset: Any, batch_axes: Any) -> None:
             raise ValueError(f"{name} is {value}; give {low}{at_most}")
 
 
-def _steps(position: str, first: str, spec: Spec, X: str, batch_axes: int) -> Iterator[_Step]:
+def _steps(position: str, first: str, spec: Spec, X: str, dtype: str, batch_axes: int) -> Iterator[_Step]:
     """The operations of one layer, in order, with the input named `X`; its weights are those of its `first` position."""
     if spec["type"] == "Linear":
         weights = [join(first, p) for p in ("weight", "bias") if p == "weight" or spec["bias"]]
@@ -228,7 +264,11 @@ def _steps(position: str, first: str, spec: Spec, X: str, batch_axes: int) -> It
         if b:
             yield join(position, "Z"), "Add", join(position, "XW^T"), *b
         return
-    for Z, operator, *inputs in _FORMULAS[spec["type"]]:
+    kind = "GELU(tanh)" if spec.get("approximate") == "tanh" else spec["type"]
+    formula = _FORMULAS[kind]
+    if kind == "GELU" and dtype == "float64":
+        formula = (formula[0], *_ERF, *formula[2:])
+    for Z, operator, *inputs in formula:
         yield (
             join(position, Z), operator,
             *(X if name == "X" else name if name in _CONSTANTS else join(position, name) for name in inputs),

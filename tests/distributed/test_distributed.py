@@ -37,7 +37,7 @@ from anyarray_linear.files.checkpoints import checkpoints
 from anyarray_linear.initializers import layer_seed
 from anyarray_linear.training.data import epoch_order
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
 ENVIRONMENT = {
     **os.environ,

@@ -201,7 +201,7 @@ def test_a_product_that_is_one_number_does_not_overflow_in_float16():
 
 # activations
 
-ACTIVATIONS = [ReLU(), Tanh(), Sigmoid(), SiLU(), GELU()]
+ACTIVATIONS = [ReLU(), Tanh(), Sigmoid(), SiLU(), GELU(), GELU("tanh")]
 
 
 def values(shape, dtype):
