@@ -964,7 +964,7 @@ except CheckpointError as error:
 
 def bombs() -> Iterator[tuple[str, bytes]]:
     """The densest JSON of each kind, in headers as large as they may be."""
-    size = sealed._MAX_HEADER
+    size = sealed.MAX_HEADER
     for name, unit in (("lists", b"[],"), ("objects", b"{},"), ("floats", b"1e5,"), ("pairs", b'{"":0},'), ("text", b"aaa")):
         parsed = sum(cost * unit.count(mark) for mark, cost in sealed._PARSED_BYTES.items())
         for inside in (False, True):
