@@ -14,7 +14,7 @@ from .linear import Linear, LinearGradients, linear_backward, linear_forward
 from .losses import MeanSquaredError, SoftmaxCrossEntropy, softmax
 from .normalization import LayerNorm
 from .optimizers import SGD, Adam, AdamW
-from .protocol import Layer
+from .protocol import Layer, restore, snapshot
 from .sequential import Sequential
 from .step import TrainingStep
 from .training import History, NonFiniteError, evaluate, fit, predict
@@ -52,8 +52,10 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "predict",
+    "restore",
     "save_checkpoint",
     "save_model",
     "select_device",
+    "snapshot",
     "softmax",
 ]
