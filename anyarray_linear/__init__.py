@@ -13,7 +13,7 @@ from .linear import Linear, LinearGradients, linear_backward, linear_forward
 from .losses import MeanSquaredError, SoftmaxCrossEntropy
 from .normalization import LayerNorm
 from .optimizers import SGD, Adam, AdamW
-from .protocol import Layer
+from .protocol import Layer, restore, snapshot
 from .sequential import Sequential
 from .training import History, NonFiniteError, evaluate, fit, predict
 
@@ -48,7 +48,9 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "predict",
+    "restore",
     "save_checkpoint",
     "save_model",
     "select_device",
+    "snapshot",
 ]

@@ -19,7 +19,7 @@ import typer
 
 from .. import __version__, distributed
 from ..files.atomic import sweep
-from ..files.checkpoints import checkpoints
+from ..files.checkpoints import checkpoints, files_of
 from ..files.locks import locked
 from ..losses import MeanSquaredError
 from ..training import History, evaluate, fit
@@ -225,7 +225,7 @@ def _clear(folder: Path) -> None:
     """Remove the files that this command writes, and nothing else."""
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    for path in (*checkpoints(folder / _CHECKPOINTS), folder / _CHECKPOINTS / "best.safetensors"):
+    for path in files_of(folder / _CHECKPOINTS):
         path.unlink(missing_ok=True)
 
 

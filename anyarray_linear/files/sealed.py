@@ -20,10 +20,11 @@ Host = np.ndarray[Any, Any]
 FORMAT = 1
 _KEY = "anyarray_linear"  # one entry in the file's metadata, as safetensors writes several in random order
 MOMENT = "optimizer/"  # how the names of an optimizer's tensors start
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_DTYPES = {**_FLOATS, "I32": "int32", "I64": "int64", "BOOL": "bool"}  # the states of layers may be of the latter
 # Parsing JSON takes many times its size. These bounds keep any header, however made, under some 120 MB and 2 s (measured;
 # the test of the largest headers does it again), and let the state of a run of 50,000 epochs pass.
-_MAX_HEADER = 16 << 20
+MAX_HEADER = 16 << 20
 _MAX_PARSED = 64 << 20
 _SLACK = 64 << 20  # bytes of tensors that are read in any case, to tell best what is wrong with them
 _PARSED_BYTES = {b"{": 200, b"[": 80, b",": 32, b":": 96}
@@ -33,8 +34,8 @@ class CheckpointError(ValueError):
     """A file is damaged, or does not fit; the message names it and says why."""
 
     def __init__(self, message: str) -> None:
-        # it may quote the file, which must not fill the terminal, nor send it commands
-        super().__init__("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message[:8000]))
+        # it may quote the file, which must not fill the terminal, nor send it commands; twice is as once, for pickles
+        super().__init__("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message[:8000])[:8000])
 
 
 class File(NamedTuple):
@@ -51,9 +52,9 @@ def seal(path: str | os.PathLike[str], tensors: Mapping[str, Host], info: Mappin
 
     content = {"format": FORMAT, "written_by": f"{_KEY} {__version__}", **info}
     content["sha256"] = _digest(content, tensors)
-    data: bytes = _safetensors().save(dict(tensors), metadata={_KEY: _dumped(content)})
+    data: bytes = _safetensors().save(dict(tensors), metadata={_KEY: dumped(content)})
     size = int.from_bytes(data[:8], "little")
-    reason = _excess(size, data[8 : 8 + size])
+    reason = excess(size, data[8 : 8 + size])
     if reason:
         raise ValueError(f"{path} is not written: {reason}; keep less in the metadata or state")
     return data
@@ -80,8 +81,8 @@ def read(path: str | os.PathLike[str], needed: Callable[[dict[str, Any] | None],
             if told_of_pytorch := _of_pytorch(path, start):
                 raise CheckpointError(told_of_pytorch)
             raise CheckpointError(f"{path} is damaged: it is cut short, or no safetensors file")
-        header = file.read(min(size, _MAX_HEADER))
-        reason = _excess(size, header)
+        header = file.read(min(size, MAX_HEADER))
+        reason = excess(size, header)
         if reason:
             raise CheckpointError(f"{path} is refused: {reason}")
         try:
@@ -137,7 +138,7 @@ def _check_info(path: str | os.PathLike[str], info: dict[str, Any], tensors: Map
         )
     if info.pop("sha256") != _digest(info, tensors):
         raise ValueError("its content does not have the checksum that it was written with")
-    for name in ("architecture", "metadata", *({"optimizer"} & info.keys())):
+    for name in ("architecture", "metadata", *sorted({"optimizer", "history", "state"} & info.keys())):
         if not isinstance(info[name], dict):
             raise ValueError(f"its {name} is no JSON object")
 
@@ -162,10 +163,10 @@ def _of_pytorch(path: str | os.PathLike[str], start: bytes) -> str:
     )
 
 
-def _excess(size: int, header: bytes) -> str:
+def excess(size: int, header: bytes) -> str:
     """Why a header of `size` bytes is too large to be parsed, or `""`."""
-    if size > _MAX_HEADER:
-        return f"its header has {size:,} bytes, and the most is {_MAX_HEADER:,}"
+    if size > MAX_HEADER:
+        return f"its header has {size:,} bytes, and the most is {MAX_HEADER:,}"
     if sum(cost * header.count(mark) for mark, cost in _PARSED_BYTES.items()) > _MAX_PARSED:
         return f"its header, of {size:,} bytes, has too many entries"
     return ""
@@ -183,14 +184,14 @@ def _digest(info: Mapping[str, Any], tensors: Mapping[str, Host]) -> str:
     """The SHA-256 of all that a file says."""
     import hashlib
 
-    digest = hashlib.sha256(_dumped(info).encode())
+    digest = hashlib.sha256(dumped(info).encode())
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {x.dtype.name} {x.shape}\n".encode())
         digest.update(x.data)
     return digest.hexdigest()
 
 
-def _dumped(info: Mapping[str, Any]) -> str:
+def dumped(info: Mapping[str, Any]) -> str:
     import json
 
     return json.dumps(info, separators=(",", ":"))

@@ -964,7 +964,7 @@ except CheckpointError as error:
 
 def bombs() -> Iterator[tuple[str, bytes]]:
     """The densest JSON of each kind, in headers as large as they may be."""
-    size = sealed._MAX_HEADER
+    size = sealed.MAX_HEADER
     for name, unit in (("lists", b"[],"), ("objects", b"{},"), ("floats", b"1e5,"), ("pairs", b'{"":0},'), ("text", b"aaa")):
         parsed = sum(cost * unit.count(mark) for mark, cost in sealed._PARSED_BYTES.items())
         for inside in (False, True):
@@ -1101,15 +1101,19 @@ def test_a_lock_of_a_file_that_is_no_longer_there_is_none(tmp_path: Path, monkey
 FORKS = """
 import os, sys
 from anyarray_linear.files.locks import locked
+until, parent_ends = os.pipe()  # of the child's own: it must not read what is meant for its parent
 with locked(sys.argv[1]):
     child = os.fork()
     if child:
         print("forked", flush=True)
         sys.stdin.readline()
-if not child:  # it has left the block too, and stays until its input ends
-    sys.stdin.read()
+if not child:  # it has left the block too
+    os.close(parent_ends)
+    os.read(until, 1)
     os._exit(0)
 print("left", flush=True)
+sys.stdin.read()
+os.close(parent_ends)
 os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
