@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from .arrays.device import Device
 from .arrays.place import Array, place_of
 
@@ -66,12 +64,11 @@ class Guard:
         """`(total, rows, bad, fatal)` as Python numbers: the one wait for the device in an epoch."""
         if isinstance(self.total, float) and isinstance(self.bad, int):
             return self.total, self.rows, self.bad, self.fatal
-        total, rows, bad, fatal = (float(self.device.to_numpy(self._array(x))) for x in
-                                   (self.total, self.rows, self.bad, self.fatal))
+        total, rows, bad, fatal = (
+            float(self.device.to_numpy(x)) if hasattr(x, "dtype") else float(x)
+            for x in (self.total, self.rows, self.bad, self.fatal)
+        )
         return total, int(rows), int(bad), int(fatal)
-
-    def _array(self, x: Any) -> Array:
-        return x if hasattr(x, "dtype") else self.device.asarray(np.asarray(float(x), dtype=np.float32))
 
 
 def all_finite(xp: Any, x: Array) -> bool:

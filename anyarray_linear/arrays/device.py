@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from . import cards
+from . import cards, dtypes, transfer
 from .checks import check_array, describe
-from .place import FLOAT_DTYPES, Array, Namespace, device_of, dtype_name, is_array, namespace, peculiar
+from .place import FLOAT_DTYPES, Array, Namespace, device_of, is_array, namespace, peculiar
 
 _NAMESPACES = {
     "cpu": "array_api_compat.numpy",
@@ -26,9 +26,6 @@ _NAMESPACES = {
     "torch": "array_api_compat.torch",
     "jax": "jax.numpy",
 }
-
-
-_DLPACK_CPU, _DLPACK_CUDA = 1, 2
 
 
 class Device:
@@ -103,31 +100,24 @@ class Device:
         """
         if type(x) is np.ndarray and self.kind == "cpu" and (dtype is None or x.dtype is dtype) and x.dtype.isnative:
             return x  # the usual case in training, and a tenth of the time of what follows
-        if isinstance(x, np.generic):
-            x = np.asarray(x)
-        elif peculiar(x):
-            check_array("x", x)  # which raises
-        elif not is_array(x) and hasattr(x, "__dlpack_device__"):
-            kind, index = _dlpack_place(x)
-            x = (cuda_device(index) if kind == _DLPACK_CUDA else cpu_device()).from_dlpack(x)
-        elif not is_array(x):
-            x = np.asarray(x)
-            if dtype is None and x.dtype.kind == "f":
-                dtype = self.default_float
+        if isinstance(x, np.generic) or not is_array(x):
+            x, dtype = self._as_array(x, dtype)
         here = Device.of(x)
         if here == self and (dtype is None or x.dtype is dtype) and getattr(x.dtype, "isnative", True):
-            return x  # the usual case in training: half the time of going by names, as below
-        if here.kind != self.kind and self._shares_a_card_with(x):
-            x, here = self.from_dlpack(x), self
-        if here != self and (here.kind != self.kind or self.kind not in ("cuda", "torch", "jax")):
-            return self._from_host(here.to_numpy(x), dtype)
-        wanted = self._dtype(_dtype_name(x.dtype if dtype is None else dtype))
-        if here != self:
-            x = self._from_sibling(x, here)
-        if x.dtype == wanted:  # and so in the machine's byte order, which every other namespace has anyway
-            return x
-        with self:
-            return self.xp.astype(x, wanted)
+            return x  # the usual case in training: half the time of going by names, as the routes do
+        return transfer.route(x, here, self)(x, here, self, dtype)
+
+    def _as_array(self, x: Any, dtype: Any) -> tuple[Array, Any]:
+        """What is no array yet, as one where it is; and the dtype to give it: for lists of floats the device's default."""
+        if isinstance(x, np.generic):
+            return np.asarray(x), dtype
+        if peculiar(x):
+            check_array("x", x)  # which raises
+        if hasattr(x, "__dlpack_device__"):
+            kind, index = transfer.dlpack_place(x)
+            return (cuda_device(index) if kind == transfer.CUDA else cpu_device()).from_dlpack(x), dtype
+        x = np.asarray(x)
+        return x, self.default_float if dtype is None and x.dtype.kind == "f" else dtype
 
     def from_dlpack(self, x: Any) -> Array:
         """`x` as an array of this device over the same memory: nothing is copied, and whoever writes to one changes both.
@@ -152,8 +142,8 @@ class Device:
         if not hasattr(x, "__dlpack__") or not hasattr(x, "__dlpack_device__"):
             raise TypeError(f"x is a {type(x).__name__}, which does not speak DLPack; copy it with Device.asarray(x)")
         cure = f"asarray moves it, as in Device.asarray(x) of {self}"
-        if _dlpack_place(x) != self._dlpack_place:
-            where = "" if is_array(x) else f" on DLPack's device {_dlpack_place(x)}"
+        if transfer.dlpack_place(x) != self.dlpack_place:
+            where = "" if is_array(x) else f" on DLPack's device {transfer.dlpack_place(x)}"
             raise ValueError(f"x is {describe(x)}{where}, which is not in the memory of {self}; {cure}")
         # by default JAX copies what is not aligned as it likes
         options = {"copy": False} if self.kind == "jax" else {}
@@ -167,71 +157,17 @@ class Device:
         return shared
 
     @cached_property
-    def _dlpack_place(self) -> tuple[int, int]:
+    def dlpack_place(self) -> tuple[int, int]:
         """The device as DLPack numbers it: kind and index."""
         if self.kind == "cuda":
-            return _DLPACK_CUDA, int(self.index or 0)
-        return (_DLPACK_CPU, 0) if self.kind == "cpu" else _dlpack_place(self.xp.empty(0, device=self.native))
-
-    def _shares_a_card_with(self, x: Array) -> bool:
-        """Whether `x`, of another library, is in the memory of this CUDA device."""
-        on_a_card = self.kind == "cuda" or (self.kind == "torch" and self.native.type == "cuda")
-        return on_a_card and hasattr(x, "__dlpack_device__") and _dlpack_place(x) == self._dlpack_place
-
-    def _from_sibling(self, x: Array, here: Device) -> Array:
-        """`x` of this namespace, moved from the device `here` to this one."""
-        if self.kind == "torch":
-            return x.to(self.native)
-        if self.kind == "jax":
-            return import_module("jax").device_put(x, self.native)
-        # streams of two cards do not wait for each other, and events make them, without the host
-        cuda = cards.load_cupy().cuda
-        with here:
-            x = x if x.flags.c_contiguous else x.copy()  # here, or the copy below would do it behind the event's back
-            theirs, ready = cuda.get_current_stream(), cuda.Event(disable_timing=True)
-            ready.record(theirs)
-        with self:
-            ours, done = cuda.get_current_stream(), cuda.Event(disable_timing=True)
-            ours.wait_event(ready)
-            moved = x.copy()
-            done.record(ours)
-        with here:
-            theirs.wait_event(done)  # what is written to x, or to its memory, from now on comes after the copy
-        return moved
-
-    def _from_host(self, x: np.ndarray[Any, Any], dtype: Any) -> Array:
-        name = _dtype_name(x.dtype if dtype is None else dtype)
-        if dtype is None and name in ("int64", "uint64") and self._lacks(name):
-            if x.size and not (x.min() >= -(2**31) and x.max() < 2**31):
-                raise TypeError(f"x holds {name} values beyond int32, and {self} has no {name}")
-            name = "int32"
-        wanted = self._dtype(name)
-        # cast here if that leaves fewer bytes to transfer, else there; in the machine's byte order in any case
-        x = x.astype(name if np.dtype(name).itemsize < x.itemsize else x.dtype.newbyteorder("="), copy=False)
-        with self:
-            if self.kind == "torch":
-                if not x.flags.writeable or any(stride < 0 for stride in x.strides):
-                    x = x.copy()  # it shares the memory, and knows neither read-only arrays nor negative strides
-                return self.xp.asarray(x).to(self.native, dtype=wanted)
-            if self.kind == "jax":
-                x = x.copy()  # it may share the memory, and takes it for immutable
-            if self.kind in ("cpu", "cuda"):
-                return self.xp.asarray(x, dtype=wanted)
-            return self.xp.asarray(x, dtype=wanted, device=self.native)
+            return transfer.CUDA, int(self.index or 0)
+        return (transfer.CPU, 0) if self.kind == "cpu" else transfer.dlpack_place(self.xp.empty(0, device=self.native))
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """The array `x`, wherever it is, as a NumPy array on the host; without a copy where memory can be shared."""
         if isinstance(x, np.ndarray):
             return x
-        here = Device.of(x)
-        if here.kind == "cuda":
-            with here:
-                return np.asarray(x.get())
-        if here.kind == "torch":
-            return np.asarray(x.cpu().numpy())
-        if here.kind == "array_api_strict":
-            x = x.to_device(here.xp.Device("CPU_DEVICE"))
-        return np.asarray(x)
+        return transfer.to_host(x, Device.of(x))
 
     @property
     def default_float(self) -> Any:
@@ -248,26 +184,12 @@ class Device:
         """
         if spec is None:
             return self.default_float
-        name = _dtype_name(spec)
+        name = dtypes.name_of(spec)
         known = (*FLOAT_DTYPES, "float16") if self.kind in ("cuda", "torch") else FLOAT_DTYPES
         if name not in known:
             why = " (float16 is for CuPy and torch, which accumulate it in float32)" if name == "float16" else ""
             raise TypeError(f"dtype is {name}, but layers on {self} compute in {' or '.join(known)}{why}")
-        return self._dtype(name)
-
-    def _lacks(self, name: str) -> bool:
-        """Whether arrays here cannot have this dtype of the standard, though the namespace knows its name."""
-        if self.kind in ("cpu", "cuda") or name not in ("float64", "int64", "uint64", "complex128"):
-            return False
-        return name not in self.xp.__array_namespace_info__().dtypes(device=self.native)
-
-    def _dtype(self, name: str) -> Any:
-        """The dtype object of that name; `TypeError` where the namespace lacks it or would silently narrow it."""
-        dtype = getattr(self.xp, name, None)
-        if dtype is None or self._lacks(name):
-            cure = 'enable it with jax.config.update("jax_enable_x64", True), or ' if self.kind == "jax" else ""
-            raise TypeError(f'{self} has no {name}; {cure}ask for another with dtype="float32"')
-        return dtype
+        return dtypes.named(self, name)
 
     def synchronize(self) -> None:
         """Wait until everything that was started on this device is done."""
@@ -282,7 +204,7 @@ class Device:
     def memory(self) -> tuple[int, int]:
         """Free and total memory in bytes, of the card or, for the CPU, of the machine.
 
-        What CuPy's pool keeps for reuse counts as used, as the driver sees it; `empty_cache` gives it back.
+        What CuPy's pools keep for reuse counts as used, as the driver sees it; `empty_cache` gives it back.
 
         Raises:
             NotImplementedError: for devices of other namespaces, and on systems without `/proc/meminfo`.
@@ -297,10 +219,11 @@ class Device:
         raise NotImplementedError(f"the memory of {self} cannot be read here")
 
     def empty_cache(self) -> None:
-        """Give the memory that CuPy's pool keeps for reuse back to the card, for other programs; arrays in use stay."""
+        """Give the memory that CuPy's pools keep for reuse back to the card, for other programs; arrays in use stay."""
         if self.kind == "cuda":
             with self:
-                cards.load_cupy().get_default_memory_pool().free_all_blocks()
+                for pool in cards.pools():
+                    pool.free_all_blocks()
 
     def __enter__(self) -> Device:
         if self.kind == "cuda":
@@ -334,12 +257,6 @@ class Device:
         return self
 
 
-def _dlpack_place(x: Any) -> tuple[int, int]:
-    """Where `x` is, as DLPack numbers it: kind and index."""
-    kind, index = x.__dlpack_device__()
-    return int(kind), int(index)
-
-
 @lru_cache
 def cpu_device(reason: str = "it was asked for") -> Device:
     return Device("cpu", reason=reason)
@@ -352,13 +269,6 @@ def _entered() -> list[int]:
     """The CUDA devices that were current when this thread entered its `with device:` blocks."""
     stack: list[int] = _thread.__dict__.setdefault("entered", [])
     return stack
-
-
-def _dtype_name(dtype: Any) -> str:
-    """The name of a dtype that is given as a name, or as a dtype of any namespace and byte order."""
-    if isinstance(dtype, (type, np.dtype)):  # np.float32 and jnp.float32 are classes
-        return np.dtype(dtype).name
-    return dtype if isinstance(dtype, str) else dtype_name(dtype)
 
 
 @lru_cache

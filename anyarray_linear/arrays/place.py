@@ -129,7 +129,7 @@ class _OnDevice:
 NOWHERE = Place(None, "", None, None)
 """The place of what is no array."""
 
-_interned: dict[tuple[Any, Any, Any], Place] = {}
+_interned: dict[tuple[Namespace, str, Any], Place] = {}
 _looks: dict[type, Callable[[Any], Place]] = {}  # by array type: a function that finds the place by as little as will do
 
 
@@ -170,7 +170,7 @@ def _first_look(x: Any) -> Place:
         if found is None:
             device = "cpu" if library == "numpy" else _device(x)
             new = place(xp, library, device, x.dtype)
-            found = known[key(x)] = _interned.setdefault((xp, device, x.dtype), new)
+            found = known[key(x)] = _interned.setdefault((xp, str(device), x.dtype), new)  # CuPy's devices do not hash
         return found
 
     _looks[type(x)] = look

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from .bench import bench
 from .devices import devices
 from .explain import explain
 from .export import export
@@ -27,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, predict, export, devices, verify, bench, explain):
+for command in (train, predict, export, devices, verify, explain):
     app.command()(command)
 
 
@@ -62,5 +61,5 @@ def _options(
 
     - To learn how the layer works: `explain`.
     - To train, and to answer for new data: `train`, `predict`.
-    - To see what works on this machine: `devices`, `verify`, `bench`.
+    - To see what works on this machine: `devices`, `verify`.
     """

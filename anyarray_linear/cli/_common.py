@@ -10,6 +10,8 @@ import warnings
 from types import FrameType
 from typing import Any, Self
 
+import typer
+
 BAD_INPUT = 2
 
 _RAISE = dis.opmap["RAISE_VARARGS"]
@@ -31,7 +33,7 @@ def exit_code_of(app: Any) -> int:
         if hasattr(error, "format_message") and _is_a_further_rank():  # which has the options of rank 0
             return 0  # as a launcher ends all when the first fails, and rank 0 may not have said why
         if line:
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {line}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return BAD_INPUT
     return code if isinstance(code, int) else 0
 
@@ -44,7 +46,7 @@ def _is_a_further_rank() -> bool:
 
 def _show_warning(message: Warning | str, *details: Any, **more: Any) -> None:
     """A warning as the user needs it: without the line of code that it came from."""
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    warn(str(message))
 
 
 def one_line(error: Exception) -> str | None:
@@ -75,6 +77,16 @@ def _is_worded(error: Exception) -> bool:
     package = __name__.partition(".")[0]
     ours = last.tb_frame.f_globals.get("__name__", "").partition(".")[0] == package
     return ours and last.tb_frame.f_code.co_code[last.tb_lasti] == _RAISE
+
+
+def bad(name: str, message: str) -> typer.BadParameter:
+    """The error to raise about the option `--name`."""
+    return typer.BadParameter(message, param_hint=f"--{name.replace('_', '-')}")
+
+
+def warn(line: str) -> None:
+    """Say something about what the user has given, without stopping."""
+    print(f"warning: {' '.join(line.split())}", file=sys.stderr)
 
 
 class StopSignals:

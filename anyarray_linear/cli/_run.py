@@ -6,20 +6,21 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import typer
 
 from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from ..arrays.device import Device
-from ..datasets import load_data, load_digits, split
+from ..datasets import Reading
 from ..distributed.group import Group
 from ..linear import Linear
 from ..losses import MeanSquaredError, SoftmaxCrossEntropy
 from ..optimizers import SGD, Adam, AdamW
 from ..schedules import cosine, linear_warmup, step_decay
 from ..sequential import Sequential
+from ._common import bad
+from ._data import Scaling, read, rows_of_parts, scaling_of
 
 Host = np.ndarray[Any, Any]
 
@@ -31,22 +32,6 @@ _ACTIVATIONS: dict[str, tuple[Callable[[], Any], str]] = {  # with the initializ
     "tanh": (Tanh, "xavier_normal"),
     "sigmoid": (Sigmoid, "xavier_normal"),
 }
-
-
-def bad(name: str, message: str) -> typer.BadParameter:
-    """The error to raise about the option `--name`."""
-    return typer.BadParameter(message, param_hint=f"--{name.replace('_', '-')}")
-
-
-class Scaling(NamedTuple):
-    """`(x - shift) * factor` column by column, in float64."""
-
-    shift: Host
-    factor: Host
-
-    def __call__(self, x: Host) -> Host:
-        scaled: Host = (x.astype(np.float64) - self.shift) * self.factor
-        return scaled
 
 
 class RawSquaredError(MeanSquaredError):
@@ -77,6 +62,7 @@ class Run:
     x_scaling: Scaling | None
     y_scaling: Scaling | None
     is_digits: bool
+    reading: Reading
 
     def scaled(self, name: str) -> tuple[Host, Host]:
         """A part as the model sees it in training."""
@@ -115,17 +101,18 @@ def prepare(options: Any, group: Group | None = None) -> Run:
     dtype = device.dtype(options.dtype)
     _optimizer(options, steps_per_epoch=1)  # its numbers are checked before the data is read
 
-    X, y, classes, features = _data(options)
-    rows = _rows(y, options)
+    reading = read(options, quiet=group.rank > 0)
+    X, y, classes, features = reading.data
+    rows = rows_of_parts(y, options)
     parts = {name: (X[of_part], y[of_part]) for name, of_part in rows.items()}
     X, y = parts["train"]
     x_scaling = y_scaling = None
     unit = 1.0
     if options.data is not None and options.standardize:
-        x_scaling = _scaling(X, options, features)
+        x_scaling = scaling_of(X, options, features)
         if classes is None:
             # one unit for all targets, so that the loss is the raw one but for a factor
-            shift = _scaling(y, options, None, is_target=True).shift
+            shift = scaling_of(y, options, None, is_target=True).shift
             unit = float(np.sqrt(np.mean((y - shift) ** 2))) or 1.0
             y_scaling = Scaling(shift, np.asarray(1 / unit))
 
@@ -147,6 +134,7 @@ def prepare(options: Any, group: Group | None = None) -> Run:
         x_scaling=x_scaling,
         y_scaling=y_scaling,
         is_digits=options.data is None,
+        reading=reading,
     )
 
 
@@ -178,55 +166,3 @@ def _optimizer(options: Any, steps_per_epoch: int) -> Any:
     elif options.schedule == "warmup":
         optimizer.lr = linear_warmup(lr, steps_per_epoch)
     return optimizer
-
-
-def _data(options: Any) -> tuple[Host, Host, tuple[str, ...] | None, tuple[str, ...] | None]:
-    if options.data is None:
-        for name in ("target", "task"):
-            if getattr(options, name) is not None:
-                raise bad(name, "it is about the file of --data, and none was given")
-        return *load_digits(), tuple("0123456789"), None
-    X, y, classes, features = load_data(options.data, target=options.target, task=options.task)
-    if classes is not None and (y == y[0]).all():
-        raise ValueError(f"{options.data}: every sample is of the class {classes[y[0]]!r}; give samples of two or more")
-    return X, y, classes, features
-
-
-def _rows(y: Host, options: Any) -> dict[str, Host]:
-    """Which samples each part has; the test's are taken first, so they are the same whatever is used for validation."""
-    parts, rows = {}, np.arange(len(y))
-    for name in ("test", "validation"):
-        if fraction := getattr(options, name):
-            rows, _, parts[name], _ = split(rows, y[rows], test=fraction, seed=options.seed)
-    return dict(reversed({**parts, "train": rows}.items()))
-
-
-def _scaling(x: Host, options: Any, names: tuple[str, ...] | None, is_target: bool = False) -> Scaling:
-    """To mean 0 and variance 1; a column that never varies goes to 0, so that the model ignores it."""
-
-    def name(column: int) -> str:
-        return f"the column {names[column]!r}" if names else "the target" if is_target else f"column {column}"
-
-    wide = x.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        mean, spread = wide.mean(axis=0), wide.std(axis=0)
-    huge = ~np.isfinite(mean + spread)
-    if huge.any():
-        column = int(np.flatnonzero(huge)[0])
-        most = np.abs(wide).max(axis=0)
-        raise ValueError(
-            f"{options.data}: {name(column)} has values up to {np.atleast_1d(most)[column]:.3g}, whose variance overflows; "
-            "divide it by a constant"
-        )
-    varies = x.max(axis=0) > x.min(axis=0)
-    lost = varies & (np.abs(mean) * np.finfo(options.dtype).eps > 0.01 * spread)
-    if lost.any():
-        column = int(np.flatnonzero(lost)[0])
-        what = name(column)
-        m, s = np.atleast_1d(mean)[column], np.atleast_1d(spread)[column]
-        raise ValueError(
-            f"{options.data}: {what} varies by {s:.2g} around {m:.6g}, too little to be seen in {options.dtype}; "
-            "subtract a constant from it, or use --dtype float64"
-        )
-    with np.errstate(divide="ignore"):
-        return Scaling(mean, np.where(varies, 1 / spread, 0.0))

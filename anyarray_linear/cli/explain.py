@@ -11,7 +11,7 @@ import typer
 from ..files.atomic import atomic_write
 from ..linear import Linear
 from ..testing import gradcheck
-from ._run import bad
+from ._common import bad
 from .worked_example import Gemm, Projection, WorkedExample, candidates, gemms, projection, worked_example
 
 Host = np.ndarray[Any, Any]

@@ -20,6 +20,7 @@ def export(
     softmax: Annotated[
         bool, typer.Option("--softmax", help="End with the softmax, so that a classifier gives probabilities.")
     ] = False,
+    opset: Annotated[int, typer.Option(min=OPSET, help="The version of ONNX's operators.")] = OPSET,
 ) -> None:
     """Write a model as an ONNX file, which ONNX Runtime and many other programs run.
 
@@ -35,11 +36,11 @@ def export(
     target = path.with_suffix(".onnx") if out is None else out
     if target.exists() and path.exists() and target.samefile(path):
         raise typer.BadParameter("it is the file that is read; give another one", param_hint="OUT.onnx")
-    proto = file_to_onnx(path, softmax=softmax)
+    proto = file_to_onnx(path, softmax=softmax, opset=opset)
     metadata = read_metadata(path)
     if softmax and "classes" in metadata and metadata["classes"] is None:
         raise typer.BadParameter(f"{path} has no classes, it predicts numbers", param_hint="--softmax")
     atomic_write(target, proto.SerializeToString())
     ends = [f"{end.name} ({', '.join(d.dim_param or str(d.dim_value) for d in end.type.tensor_type.shape.dim)})"
             for end in (proto.graph.input[0], proto.graph.output[0])]  # fmt: skip
-    print(f"{target}: {' -> '.join(ends)}, opset {OPSET}")
+    print(f"{target}: {' -> '.join(ends)}, opset {opset}")

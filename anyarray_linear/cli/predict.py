@@ -19,6 +19,7 @@ from ..files.sealed import CheckpointError
 from ..linear import Linear
 from ..protocol import leaves
 from ..training import predict as outputs_of
+from ._data import reading_progress
 
 Host = np.ndarray[Any, Any]
 
@@ -26,7 +27,7 @@ Host = np.ndarray[Any, Any]
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model.safetensors, or the folder of a run.")],
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="A .npz (X) or a .csv with the features the model was trained on.")
+        Path, typer.Argument(metavar="DATA", help="A .npz (X) or a .csv (.tsv, .gz) with the features of the training.")
     ],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The .csv to write; by default, standard output.")
@@ -56,7 +57,7 @@ def predict(
     classes, features = (_names(path, metadata, name) for name in ("classes", "features"))
     if probabilities and classes is None:
         raise typer.BadParameter(f"{path} has no classes, it predicts numbers", param_hint="--probabilities")
-    Z = outputs_of(network, load_features(data, _in_features(path, network), features=features))
+    Z = outputs_of(network, _features(data, _in_features(path, network), features))
     Z = Z.reshape(len(Z), -1)
     if classes is not None and len(classes) != Z.shape[1]:
         raise CheckpointError(f"{path} names {len(classes)} classes, but its model has {Z.shape[1]} outputs")
@@ -72,6 +73,11 @@ def _names(path: Path, metadata: dict[str, Any], name: str) -> list[str] | None:
     if names is not None and not (isinstance(names, list) and all(isinstance(each, str) for each in names)):
         raise CheckpointError(f"{path} has {name} that are no list of names; train the model again")
     return names
+
+
+def _features(data: Path, count: int, names: list[str] | None) -> Host:
+    X: Host = load_features(data, count, features=names, progress=reading_progress(data))
+    return X
 
 
 def _in_features(path: Path, network: Any) -> int:

@@ -19,14 +19,14 @@ import typer
 
 from .. import __version__, distributed
 from ..files.atomic import sweep
-from ..files.checkpoints import checkpoints
+from ..files.checkpoints import checkpoints, files_of
 from ..files.locks import locked
 from ..losses import MeanSquaredError
 from ..training import History, evaluate, fit
-from ._common import BAD_INPUT, StopSignals, one_line
+from ._common import BAD_INPUT, StopSignals, bad, one_line, warn
 from ._report import Norms, report
 from ._results import FILES, show, write_json, write_results
-from ._run import LR, Run, bad, prepare
+from ._run import LR, Run, prepare
 
 _CHECKPOINTS = "checkpoints"
 _SCORED_ROWS = 10_000  # training accuracy is measured after each epoch, on this many samples at most
@@ -45,14 +45,21 @@ def _option(text: str, panel: str, *names: str, **more: Any) -> Any:
 def train(
     context: typer.Context,
     data: Annotated[
-        Path | None, _option("A .npz (X, y) or .csv (its last column is the target). Without it: the digits.", "Data")
+        Path | None,
+        _option("A .npz (X, y), .csv or .tsv (its last column is the target), .gz too. Without it: the digits.", "Data"),
     ] = None,
     target: Annotated[
         str | None, _option("The target's column in a .csv, or array in a .npz.", "Data", metavar="NAME")
     ] = None,
     task: Annotated[
         Literal["classification", "regression"] | None,
-        _option("What the target is; by default, integers and texts are classes.", "Data"),
+        _option("What the target is; by default, texts and few different whole numbers are classes.", "Data"),
+    ] = None,
+    features: Annotated[
+        str | None, _option("Columns to learn from, such as a,b; by default, all but the target.", "Data", metavar="NAMES")
+    ] = None,
+    drop: Annotated[
+        str | None, _option("Columns to leave out, such as id,name.", "Data", metavar="NAMES")
     ] = None,
     standardize: Annotated[
         bool, _option("Scale features, and a regression's target, to mean 0 and variance 1 while training.", "Data")
@@ -118,6 +125,7 @@ def train(
 
     - `anyarray-linear train`
     - `anyarray-linear train --data wine.csv --hidden 64,32 --epochs 50 --out wine`
+    - `anyarray-linear train --data people.csv --target income --drop id,name`
     - `anyarray-linear train --out wine --resume`
     - `mpiexec -n 4 anyarray-linear train --data wine.csv --distributed mpi`
     - `anyarray-linear predict wine new_wines.csv`
@@ -217,7 +225,7 @@ def _clear(folder: Path) -> None:
     """Remove the files that this command writes, and nothing else."""
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    for path in (*checkpoints(folder / _CHECKPOINTS), folder / _CHECKPOINTS / "best.safetensors"):
+    for path in files_of(folder / _CHECKPOINTS):
         path.unlink(missing_ok=True)
 
 
@@ -284,9 +292,19 @@ def _train(
         if options.processes is not None:
             print(group)
         print(f"{options.data or 'digits'}: {counts} samples; {run.device}: {run.device.reason}", flush=True)
+        if options.data is not None:
+            print(_decision(run, options), flush=True)
+        for line in run.reading.suspicious:
+            warn(line)
     began = time.perf_counter()
     history, count_before = _fit(run, options, folder, stop, group)
     return history, time.perf_counter() - began + sum(row["seconds"] for row in history.rows[:count_before])
+
+
+def _decision(run: Run, options: Any) -> str:
+    """What the target was taken for, and how to have it otherwise."""
+    _, target, told, instead, _ = run.reading
+    return f"{target}: {told}" + (f"; to change that: --task {instead}" if instead and options.task is None else "")
 
 
 def _write(run: Run, options: Any, folder: Path, group: distributed.Group, history: History, seconds: float) -> None:

@@ -6,7 +6,7 @@ and where, and how to fix it. Nothing here needs more than NumPy.
 
 from ._checks import Data, DataError
 from .digits import load_digits
-from .files import load_data, load_features
+from .files import Reading, load_data, load_features, read_data
 from .splitting import split
 
-__all__ = ["Data", "DataError", "load_data", "load_digits", "load_features", "split"]
+__all__ = ["Data", "DataError", "Reading", "load_data", "load_digits", "load_features", "read_data", "split"]

@@ -13,13 +13,14 @@ import numpy as np
 from ..arrays.place import Array
 
 Task = Literal["classification", "regression"]
-
-MAX_CLASSES = 65_536
-"""A class id from here on is refused: it would make an output layer that large, and is rarely a class id."""
+TEXTS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 
 
 class DataError(ValueError):
-    """A data file cannot be used; the message is one line: the file, what was wrong and where, how to fix it."""
+    """A data file cannot be used; the message is one line: the file, what was wrong and where, how to fix it.
+
+    Where code is the cure, its lines are the error's notes, which Python and the command line show below the message.
+    """
 
 
 class Data(NamedTuple):
@@ -28,17 +29,23 @@ class Data(NamedTuple):
     X: Array
     """float32 or float64, `(N, D)`, finite."""
     y: Array
-    """int64 `(N,)` class ids; or a regression target, float32 or float64, `(N,)` or `(N, M)`, finite."""
+    """int64 `(N,)`, ids of classes; or a regression target, float32 or float64, `(N,)` or `(N, M)`, finite."""
     classes: tuple[str, ...] | None
-    """The name of each class in the order of the ids (`"0"`, `"1"`, ... where ids were given), else `None`: regression."""
+    """The name of each class as the file writes it, in the order of the ids, else `None`: regression."""
     features: tuple[str, ...] | None
     """The `D` column names of a `.csv` with a header, else `None`."""
 
 
-def refusal(path: Path, problem: str) -> DataError:
-    """The error to raise about `path`, on one printable line whatever the file or its name holds."""
-    text = f"{path}: {problem}"
-    return DataError(text if text.isprintable() else text.encode("unicode_escape").decode())
+def refusal(path: Path, problem: str, *code: str) -> DataError:
+    """The error to raise about `path`, on one printable line whatever the file or its name holds; `code` becomes notes."""
+    error = DataError(_printable(f"{path}: {problem}"))
+    for line in code:
+        error.add_note("  " + _printable(line))
+    return error
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def shown(text: str) -> str:
@@ -67,11 +74,16 @@ def check_file(path: str | os.PathLike[str]) -> Path:
         raise refusal(path, "is a folder; give the .npz or .csv file itself")
     if path.suffix.lower() == ".npy":
         raise refusal(path, "is a single array; write both with numpy.savez('data.npz', X=X, y=y)")
-    if path.suffix.lower() not in (".npz", ".csv") or not stat.S_ISREG(status.st_mode):
-        raise refusal(path, "is neither a .npz nor a .csv file; convert it to one of them")
+    if not (is_npz(path) or path.name.lower().endswith(TEXTS)) or not stat.S_ISREG(status.st_mode):
+        raise refusal(path, "is neither a .npz nor a .csv file (or .tsv, .csv.gz, .tsv.gz); convert it to one of them")
     if status.st_size == 0:
         raise refusal(path, "is empty; write it again")
     return path
+
+
+def is_npz(path: Path) -> bool:
+    """Whether the file is an archive of arrays, and not a text."""
+    return path.suffix.lower() == ".npz"
 
 
 def as_float(x: Array) -> Array:
@@ -81,15 +93,20 @@ def as_float(x: Array) -> Array:
         return x.astype(np.float32 if fits else np.float64, copy=False)
 
 
-def check_finite(path: Path, x: Array, where: Callable[..., str]) -> None:
-    """Raise `DataError` at the first NaN or infinity; `where` words a position, given one index per axis."""
+def check_finite(path: Path, x: Array, where: Callable[..., str], code: tuple[str, ...] = ()) -> None:
+    """Raise `DataError` at the first NaN or infinity; `where` words a position, given one index per axis.
+
+    code: the lines that fill in missing values, if there are such."""
     finite = np.isfinite(x)
     if not finite.all():
         at = np.unravel_index(int(finite.argmin()), x.shape)
-        raise refusal(path, f"{where(*map(int, at))} is {x[at]}; remove that sample or put in a finite number")
+        cure = "remove that sample or put in a finite number"
+        if not np.isnan(x[at]) or not code:
+            raise refusal(path, f"{where(*map(int, at))} is {x[at]}; {cure}")
+        raise refusal(path, f"{where(*map(int, at))} is nan; {cure}, or let scikit-learn fill in such cells:", *code)
 
 
-def as_features(path: Path, X: Array, where: Callable[..., str]) -> Array:
+def as_features(path: Path, X: Array, where: Callable[..., str], code: tuple[str, ...] = ()) -> Array:
     """`X` as floats `(N, D)`, if it is numbers, 2-D, not empty and finite; else `DataError`."""
     if X.dtype.kind == "U":
         raise refusal(path, "X holds text; save it as numbers, such as X.astype('float32')")
@@ -99,77 +116,5 @@ def as_features(path: Path, X: Array, where: Callable[..., str]) -> Array:
     if 0 in X.shape:
         raise refusal(path, f"X has shape {X.shape}: no {'samples' if X.shape[0] == 0 else 'features'}; put some in")
     X = as_float(X)
-    check_finite(path, X, where)
+    check_finite(path, X, where, code)
     return X
-
-
-def as_target(path: Path, y: Array, task: Task | None, where: Callable[..., str]) -> tuple[Array, tuple[str, ...] | None]:
-    """Numbers `y` as `(y, classes)` of a `Data`, if they can be; else `DataError`.
-
-    Unless `task` says otherwise, integers are class ids, and so are floats that are exactly the ids 0 to K - 1, each
-    of them more than once (many tools write every column as floats); other floats are a regression target.
-    """
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.ndim not in (1, 2) or 0 in y.shape:
-        raise refusal(path, f"y has shape {y.shape} but must be (samples,); save it with one target per row of X")
-    if task is None:
-        task = "classification" if y.dtype.kind in "biu" or _are_ids(y) else "regression"
-    if task == "regression":
-        y = as_float(y)
-        check_finite(path, y, where)
-        return y, None
-    if y.ndim == 2:
-        raise refusal(
-            path,
-            f"y has shape {y.shape} but class ids have (samples,); save y.argmax(axis=1) if it is one-hot, "
-            "or ask for the task 'regression'",
-        )
-    for what, bad in (
-        ("is no class id (a whole number)", y != np.floor(y)),
-        ("is negative, but class ids count from 0", y < 0),
-        (f"is too large for a class id (the limit is {MAX_CLASSES - 1})", y >= MAX_CLASSES),
-    ):
-        if bad.any():
-            row = int(bad.argmax())
-            raise refusal(
-                path, f"{where(row)} is {y[row]}, which {what}; renumber the classes, or ask for the task 'regression'"
-            )
-    y = y.astype(np.int64)
-    return y, tuple(map(str, range(int(y.max()) + 1)))
-
-
-def _are_ids(y: Array) -> bool:
-    """Whether floats `y` are the class ids 0 to K - 1 (K > 1), each of them more than once."""
-    if y.ndim != 1 or y.min() != 0 or not 1 <= y.max() < MAX_CLASSES or (y != np.floor(y)).any():
-        return False
-    return bool(np.bincount(y.astype(np.int64)).min() > 1)
-
-
-def as_classes(
-    path: Path, labels: list[str], codes: Array, task: Task | None, where: Callable[..., str]
-) -> tuple[Array, tuple[str, ...]]:
-    """Text labels as `(y, classes)` of a `Data`: ids in the sorted order of the names.
-
-    `labels` are the distinct names, and `codes`, int `(N,)`, says which of them each sample has.
-    """
-    if task == "regression":
-        raise refusal(
-            path,
-            f"the target is text such as {shown(labels[0])}, but regression needs numbers; "
-            "correct it, or ask for the task 'classification'",
-        )
-    if codes.ndim != 1:
-        raise refusal(path, f"the text labels have shape {codes.shape} but must be (samples,); save one for each row of X")
-    if len(labels) > MAX_CLASSES:
-        raise refusal(
-            path,
-            f"the target has {len(labels)} different texts (the limit is {MAX_CLASSES} classes); "
-            "name the right target column",
-        )
-    for code, label in enumerate(labels):
-        if label.strip().lower() in ("", "nan"):
-            row = int((codes == code).argmax())
-            raise refusal(path, f"{where(row)} is {shown(label)}, as missing values are; name it or remove that sample")
-    order = np.array(sorted(range(len(labels)), key=labels.__getitem__))
-    return np.argsort(order)[codes].astype(np.int64), tuple(labels[i] for i in order)

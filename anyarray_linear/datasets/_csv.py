@@ -1,28 +1,33 @@
-"""Reading a table of numbers, and one column of targets, from a `.csv` file: UTF-8, with `,`, `;` or tab between cells.
+"""Reading a table of numbers, and one column of targets, from a text file with `,`, `;` or tab between cells.
 
-The standard library's `csv` does the reading, one row at a time; a row's numbers go into one flat buffer at once, so
-the memory needed is a small multiple of the file's size.
+NumPy's reader is tried first, as it is several times faster. It explains nothing, though, so whatever it does not take (a
+quote, a truth value, a mistake) is read again by the standard library's `csv`, one row at a time. Both see one line at a
+time and keep numbers only, so the memory needed is a small multiple of the file's size.
 """
 
 from __future__ import annotations
 
 import csv
-import re
+import warnings
 from array import array
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..arrays.place import Array
-from ._checks import refusal, shown
+from ._checks import refusal
+from ._cures import bad_cell
+from ._text import Lines, delimiter_of, opened
 
 if TYPE_CHECKING:
     from _csv import Reader
 
-MAX_LINE = 4 * 2**20
-"""Characters; a longer line is refused, so that a file without line ends cannot fill the memory."""
+Progress = Callable[[int], None]
+TOLD_ROWS = 10_000
+"""After so many rows each, the caller's `progress` hears how many there are."""
 
 
 class Layout(NamedTuple):
@@ -33,6 +38,15 @@ class Layout(NamedTuple):
     columns: list[int]
     """The features, in order."""
     target: int | None
+
+    def name(self, index: int) -> str:
+        """A column, for a message."""
+        return f"column {index + 1}" if self.names is None else f"column {self.names[index]!r:.42}"
+
+    @property
+    def target_name(self) -> str | None:
+        """The target's column, if columns have names."""
+        return None if self.names is None or self.target is None else self.names[self.target]
 
 
 class Table(NamedTuple):
@@ -51,7 +65,7 @@ class Table(NamedTuple):
     def where(self, row: int, feature: int | None = None) -> str:
         """Words a position for a message; without a feature it is the target's."""
         index = self.layout.target if feature is None else self.layout.columns[feature]
-        return f"line {self.lines[row]}, {_column(self.layout, index or 0)}"
+        return f"line {self.lines[row]}, {self.layout.name(index or 0)}"
 
     def without_first_row(self, names: list[str]) -> Table:
         """The same table, its first row being the header `names`; no other row may have the first row's target."""
@@ -73,55 +87,96 @@ def is_number(cell: str) -> bool:
     return True
 
 
+def is_value(cell: str) -> bool:
+    """Whether a cell is a feature: a number, or `True` or `False`, which are 1 and 0."""
+    return is_number(cell) or cell.strip().lower() in _TRUTH
+
+
+_TRUTH = {"true": 1.0, "false": 0.0}
+
+
+def _value(cell: str) -> float:
+    truth = _TRUTH.get(cell.strip().lower())
+    return float(cell) if truth is None else truth
+
+
 def _peculiar(text: str) -> bool:
     return "_" in text or not text.isascii()
 
 
-def read_csv(path: Path, choose: Callable[[list[str]], Layout]) -> Table:
+def read_csv(path: Path, choose: Callable[[list[str]], Layout], progress: Progress | None = None) -> Table:
     """The table in `path`; `choose` sees the cells of the first row and says what the columns mean.
 
     Raises `DataError`, with the line and the column, if the text is not such a table.
     """
+    return _read(path, choose, _by_numpy, progress) or _read(path, choose, _by_rows, progress)  # type: ignore[return-value]
+
+
+def _read(
+    path: Path, choose: Callable[[list[str]], Layout], read: Callable[..., Table | None], progress: Progress | None
+) -> Table | None:
+    with opened(path) as file:
+        lines = Lines(path, file)
+        first = next((line for line in lines if line.strip()), None)
+        if first is None:
+            raise refusal(path, "holds blank lines only; put in one sample per line")
+        before = lines.number - 1
+        # strict: without it an unclosed quote swallows the rest of the file in silence.
+        dialect = {"delimiter": delimiter_of(path, first), "strict": True, "skipinitialspace": True}
+        reader = csv.reader(chain([first], lines), **dialect)  # type: ignore[arg-type]
+        try:
+            row = next(reader)
+            layout = choose(row)
+            return read(path, layout, row, first, reader, lines, progress)
+        except csv.Error as error:
+            raise refusal(path, f"line {max(lines.number, before + 1)}: {error}; correct that line") from error
+
+
+def _by_numpy(
+    path: Path, layout: Layout, row: list[str], first: str, reader: Reader, lines: Lines, progress: Progress | None
+) -> Table | None:
+    """The table, or `None` where NumPy's reader would not see everything, or see it as anything else."""
+    delimiter, width, target = reader.dialect.delimiter, len(row), layout.target
+    codes, numbers, labels = array("q"), array("q"), dict[str, int]()
+
+    class Peculiar(ValueError):
+        pass
+
+    def plain() -> Iterator[str]:
+        for line in lines if layout.names is not None else chain([first], lines):
+            if line.isspace() and delimiter not in line:
+                continue  # blank lines are no rows
+            if line.count(delimiter) != width - 1 or '"' in line or len(line) > csv.field_size_limit():
+                raise Peculiar
+            if target is not None:
+                cell = line.rpartition(delimiter)[2] if target == width - 1 else line.split(delimiter, target + 1)[target]
+                if not (label := cell.strip()):
+                    raise Peculiar
+                codes.append(labels.setdefault(label, len(labels)))
+            numbers.append(lines.number)
+            if progress is not None and len(numbers) % TOLD_ROWS == 0:
+                progress(len(numbers))
+            yield line
+
+    if reader.line_num != 1:  # a quote goes over several lines
+        return None
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            first_line = next((line for line in _lines(path, file) if line.strip()), "")
-            unquoted = re.sub(r'"[^"]*"', "", first_line)
-            delimiter = ";" if ";" in unquoted else "\t" if "\t" in unquoted and "," not in unquoted else ","
-            file.seek(0)
-            # strict: without it an unclosed quote swallows the rest of the file in silence.
-            reader = csv.reader(_lines(path, file), delimiter=delimiter, strict=True, skipinitialspace=True)
-            try:
-                return _table(path, reader, choose)
-            except csv.Error as error:
-                raise refusal(path, f"line {reader.line_num}: {error}; correct that line") from error
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise refusal(path, f"is not UTF-8 text (it holds the byte 0x{byte:02x}); save it as CSV UTF-8") from error
-    except OSError as error:
-        raise refusal(path, f"cannot be read: {error.strerror or error}; check its permissions and the disk") from error
-    except MemoryError as error:
-        raise refusal(path, "does not fit in memory; use fewer samples") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # that there are no rows
+            X = np.loadtxt(plain(), delimiter=delimiter, usecols=layout.columns, comments=None, ndmin=2)
+    except (ValueError, UserWarning):
+        return None
+    return Table(X, list(labels), np.asarray(codes), np.asarray(numbers), layout)
 
 
-def _lines(path: Path, file: TextIO) -> Iterator[str]:
-    number = 0
-    while line := file.readline(MAX_LINE):
-        number += 1
-        if len(line) == MAX_LINE:
-            raise refusal(path, f"line {number} is longer than {MAX_LINE} characters; put each sample on its own line")
-        if "\0" in line:
-            raise refusal(path, f"line {number} holds a NUL byte, so this is no text; save it as CSV UTF-8")
-        yield line
-
-
-def _table(path: Path, reader: Reader, choose: Callable[[list[str]], Layout]) -> Table:
+def _by_rows(
+    path: Path, layout: Layout, row: list[str] | None, first: str, reader: Reader, lines: Lines, progress: Progress | None
+) -> Table:
+    """The table; what cannot be in one is refused."""
     rows = (row for row in reader if len(row) > 1 or (row and row[0].strip()))  # blank lines are no rows
-    row = next(rows, None)
-    if row is None:
-        raise refusal(path, "holds blank lines only; put in one sample per line")
-    layout, width = choose(row), len(row)
-    _, columns, target = layout
-    values, codes, lines = array("d"), array("q"), array("q")
+    assert row is not None
+    width, (_, columns, target) = len(row), layout
+    values, codes, numbers = array("d"), array("q"), array("q")
     labels: dict[str, int] = {}
     if layout.names is not None:
         row = next(rows, None)
@@ -129,36 +184,33 @@ def _table(path: Path, reader: Reader, choose: Callable[[list[str]], Layout]) ->
         if len(row) != width:
             raise refusal(
                 path,
-                f"line {reader.line_num} has {len(row)} cells but the first row has {width}; "
-                "give every line the same number",
+                f"line {lines.number} has {len(row)} cells but the first row has {width}; give every line the same number",
             )
-        try:
-            numbers = [float(row[i]) for i in columns]
-            sound = not _peculiar("".join(row)) or all(is_number(row[i]) for i in columns)
-        except ValueError:
-            sound = False
-        if not sound:
-            bad = next(i for i in columns if not is_number(row[i]))
-            raise _bad_cell(path, reader.line_num, layout, bad, row[bad].strip())
-        values.extend(numbers)
+        values.extend(_values(path, row, layout, lines.number))
         if target is not None:
             label = row[target].strip()
             if not label:
-                raise _bad_cell(path, reader.line_num, layout, target, label)
+                position = f"line {lines.number}, {layout.name(target)}"
+                raise refusal(path, f"{position} is empty; fill it in or remove the line")
             codes.append(labels.setdefault(label, len(labels)))
-        lines.append(reader.line_num)
+        numbers.append(lines.number)
+        if progress is not None and len(numbers) % TOLD_ROWS == 0:
+            progress(len(numbers))
         row = next(rows, None)
-    if not lines:
+    if not numbers:
         raise refusal(path, "has a header but no rows; put in one sample per line")
-    X = np.asarray(values).reshape(len(lines), len(columns))
-    return Table(X, list(labels), np.asarray(codes), np.asarray(lines), layout)
+    X = np.asarray(values).reshape(len(numbers), len(columns))
+    return Table(X, list(labels), np.asarray(codes), np.asarray(numbers), layout)
 
 
-def _bad_cell(path: Path, line: int, layout: Layout, index: int, cell: str) -> Exception:
-    what = f"is {shown(cell)}, not a number" if cell else "is empty"
-    how = "write numbers as 1.5 or 2e-3" if cell else "fill it in or remove the line"
-    return refusal(path, f"line {line}, {_column(layout, index)} {what}; {how}")
-
-
-def _column(layout: Layout, index: int) -> str:
-    return f"column {index + 1}" if layout.names is None else f"column {shown(layout.names[index])}"
+def _values(path: Path, row: list[str], layout: Layout, line: int) -> list[float]:
+    """The features of a row, in order."""
+    if not _peculiar("".join(row)) or all(is_value(row[i]) for i in layout.columns):
+        try:
+            return [float(row[i]) for i in layout.columns]
+        except ValueError:
+            with_truths = all(is_value(row[i]) for i in layout.columns)
+        if with_truths:
+            return [_value(row[i]) for i in layout.columns]
+    bad = next(i for i in layout.columns if not is_value(row[i]))
+    raise bad_cell(path, f"line {line}, {layout.name(bad)}", row[bad].strip(), layout.target_name)

@@ -25,10 +25,15 @@ MAX_RATIO = 100
 """Arrays that take more and shrank more than this are taken for a zip bomb (zeros shrink 1,000 times)."""
 
 
+OTHER_NAMES = {"X": "data", "y": "target"}
+"""What arrays may be called too, as scikit-learn's data sets call them."""
+
+
 def read_npz(path: Path, names: tuple[str, ...]) -> list[Array]:
     """The arrays called `names`, numbers or text (`U`) of any shape; `DataError` if one of them cannot be had."""
     try:
         with zipfile.ZipFile(path) as archive:
+            names = tuple(_there(archive, name) for name in names)
             sizes = [_checked(path, archive, name) for name in names]
             taken, declared, packed = map(sum, zip(*sizes, strict=True))
             packed = min(packed, path.stat().st_size)
@@ -48,6 +53,12 @@ def read_npz(path: Path, names: tuple[str, ...]) -> list[Array]:
         raise refusal(path, f"is damaged or no .npz file ({reason}); write it again with numpy.savez") from error
 
 
+def _there(archive: zipfile.ZipFile, name: str) -> str:
+    """The name itself, or the other one that the array has."""
+    other, members = OTHER_NAMES.get(name, name), archive.namelist()
+    return other if f"{name}.npy" not in members and f"{other}.npy" in members else name
+
+
 def _checked(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[int, int, int]:
     """How many bytes an array will take, is declared to have, and has in the archive; `DataError` if it may not be read."""
     try:
@@ -63,7 +74,10 @@ def _checked(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[int, int,
     shape, dtype = _header(head)
     if dtype.kind not in "biufU":
         kind = "Python objects, which are never loaded (they can run code)" if dtype.hasobject else f"dtype {dtype}"[:60]
-        raise refusal(path, f"array {name!r} holds {kind}; save it as numbers, such as {name}.astype('float32')")
+        how = f"save numbers as {name}.astype('float32')"
+        if name not in ("X", OTHER_NAMES["X"]):
+            how += f", and labels that are text as {name}.astype(str)"
+        raise refusal(path, f"array {name!r} holds {kind}; {how}")
     declared = math.prod(shape) * dtype.itemsize
     if declared != info.file_size - head.tell():
         raise refusal(

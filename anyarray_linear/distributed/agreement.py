@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.device import Device
-from ..arrays.place import Array, computing_on
 from ..protocol import join, leaves, parameters
-
-DIGESTED = 1 << 24  # numbers of the data at most that ranks compare
 
 
 def snapshot(model: Any, optimizer: Any) -> dict[str, Any]:
@@ -39,30 +35,6 @@ def settings(x: Any) -> str:
     numbers = {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in shown.items() if isinstance(v, (int, float, str))}
     text, kind = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x)), type(x).__name__
     return (text if kind in text else f"{kind}, a {text}") + (f" with {numbers}" if numbers else "")
-
-
-def digest_of_rows(x: Array, dtype: str) -> str:
-    """The SHA-256 of the shape and of the rows in `dtype`; of large data, of as many rows as are 16 million numbers.
-
-    They are read where they are, a part at a time.
-    """
-    import hashlib
-
-    count, width = x.shape[0], max(1, math.prod(x.shape[1:]))
-    found = hashlib.sha256(repr(tuple(x.shape)).encode())
-    at_once, most = max(1, DIGESTED // 16 // width), max(16, DIGESTED // width)
-    spread = np.linspace(0, count - 1, most).astype(int) if most < count else None
-    for i in range(0, min(most, count), at_once):
-        if spread is None:
-            part = x[i : i + at_once, ...]
-        elif isinstance(x, np.ndarray):
-            part = x[spread[i : i + at_once]]
-        else:
-            with computing_on(x) as xp:
-                part = xp.take(x, Device.of(x).asarray(spread[i : i + at_once]), axis=0)
-        with np.errstate(all="ignore"):  # NaN and infinity are told elsewhere
-            found.update(np.ascontiguousarray(Device.of(part).to_numpy(part).astype(dtype)).data)
-    return found.hexdigest()
 
 
 def digest(model: Any, optimizer: Any, *more: Any) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from ..arrays.cores import usable_cores
+
 
 def launched() -> tuple[int, int]:
     """How many processes `mpiexec` started together, and the number of this one, by what MPICH and Open MPI tell them."""
@@ -16,16 +18,16 @@ def launched() -> tuple[int, int]:
 
 def seat() -> tuple[set[int], int]:
     """The cores that this process may use, and how many threads its BLAS takes."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    own = usable_cores()
     given = (os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
-    return cores, next((int(text) for text in given if text.isdecimal() and int(text)), len(cores))
+    return own, next((int(text) for text in given if text.isdecimal() and int(text)), len(own))
 
 
 def fitting_threads(seats: list[tuple[set[int], int]]) -> int | None:
     """How many BLAS threads each process on a machine should have, where they have more; else `None`."""
-    cores = set().union(*(own for own, _ in seats))
-    fitting = max(1, len(cores) // len(seats))
-    return fitting if sum(threads for _, threads in seats) > max(len(cores), len(seats)) else None
+    there = set().union(*(own for own, _ in seats))
+    fitting = max(1, len(there) // len(seats))
+    return fitting if sum(threads for _, threads in seats) > max(len(there), len(seats)) else None
 
 
 def process_space() -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..activations import ReLU, activation_gradient
+from ..arrays.cores import usable_cores
 from ..arrays.place import Array, Namespace
 from ..binding import Binding, Flat, flat_of
 from ..guard import all_finite
@@ -188,7 +189,7 @@ def _apply_update(
         ((W, dW, moments),) = _pieces(flat, gradients)
         rule(W, dW, moments, np.empty_like(dW), by)
         return None
-    cores = min(_cores(), flat.W.size // (2 * BLOCK))
+    cores = min(len(usable_cores()), flat.W.size // (2 * BLOCK))
     size = BLOCK if cores > 1 else BLOCK // 2  # one thread alone needs no more, and less scratch memory
     blocks = [
         (W[i : i + size], dW[i : i + size], [moment[i : i + size] for moment in moments])
@@ -294,11 +295,6 @@ def _on_cores(work: Callable[[], None], cores: int) -> None:
     for other in others:
         other.result()
     return None
-
-
-def _cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 OPERATIONS = {

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from ..arrays.device import Device
+from ..arrays.fingerprint import fingerprint
 from ..arrays.memory import explained_memory
 from ..arrays.place import Array, computing_on, dtype_name, namespace
 from ..distributed.group import Group
 from ..protocol import parameters
 
 _ORDERS = int.from_bytes(b"fit")  # the child of the seed whose children give the orders; a layer of that seed has others
-_LOOKED_AT = 16  # rows that are compared at resume
 
 
 @dataclass
@@ -57,18 +57,11 @@ class Data:
         there = Device.of(self.X) == Device.of(self.y) == self.device
         return there and self.X.dtype == self.dtype and (not is_float(self.y) or self.y.dtype == self.dtype)
 
-    def fingerprint(self) -> str:
-        """The shapes, and some rows spread over all as training sees them: the same on any device, in any dtype."""
-        import hashlib
-
-        found = hashlib.sha256()
+    def fingerprints(self, numbers: int | None = None) -> dict[str, str]:
+        """Of `X` and of `y` as training sees them; see `arrays.fingerprint` for `numbers`."""
         floating = dtype_name(self.dtype)
-        for x, dtype in ((self.X, floating), (self.y, floating if is_float(self.y) else "int64")):
-            found.update(repr((len(self), *x.shape[1:])).encode())
-            for i in np.linspace(0, len(self) - 1, _LOOKED_AT).astype(int):
-                row = int(i if self.rows is None else self.rows[i])
-                found.update(Device.of(x).to_numpy(x[row : row + 1, ...]).astype(dtype).tobytes())
-        return found.hexdigest()[:16]
+        dtypes = {"X": floating, "y": floating if is_float(self.y) else "int64"}
+        return {name: fingerprint(getattr(self, name), dtypes[name], self.rows, numbers=numbers)[:16] for name in dtypes}
 
 
 def is_float(x: Array) -> bool:

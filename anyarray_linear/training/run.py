@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from ..arrays.place import Array, computing_on, dtype_name
-from ..distributed.agreement import adopt, digest, digest_of_rows, settings, snapshot
+from ..distributed.agreement import adopt, digest, settings, snapshot
 from ..distributed.group import Group
 from ..guard import Guard
 from ..protocol import parameters
 from ..step import TrainingStep, loss_and_gradients
-from .data import Data, epoch_order, is_float
+from .data import Data, epoch_order
 from .evaluation import scores_of
 from .history import History, NonFiniteError, Row
 
@@ -100,19 +100,18 @@ class Run:
         )
         self.group.claim(self.data.device)
         first = self.group.rank == 0
-        sent = self.group.exchange((snapshot(self.model, self.optimizer), self.state()) if first else None)[0]
+        own = (snapshot(self.model, self.optimizer), {**self.state(), "history": self.history.rows}) if first else None
+        sent = self.group.exchange(own)[0]
         if not first:
             adopt(self.model, self.optimizer, sent[0])
             self.restore(sent[1])
 
     def digests(self) -> dict[str, str]:
         """Of the data as training sees it, to be compared between ranks."""
-        found = {}
+        found: dict[str, str] = {}
         for what, data in (("", self.data), ("the validation ", self.held)):
             if data is not None and (data is self.data or data.X is not self.data.X):
-                for name, x in (("X", data.X), ("y", data.y)):
-                    dtype = dtype_name(data.dtype) if is_float(x) or name == "X" else "int64"
-                    found[f"{what}{name} with the SHA-256"] = digest_of_rows(x, dtype)[:16]
+                found |= {f"{what}{name} with the SHA-256": sha for name, sha in data.fingerprints().items()}
         return found
 
     def settle(self, stop: bool) -> None:
@@ -254,7 +253,7 @@ class Run:
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside weights and optimizer, as JSON."""
+        """What a checkpoint keeps beside weights, optimizer and the rows of the history, as JSON."""
         total, rows, bad, _ = self.guard.read()
         last = max(0, self.optimizer.steps - 1)
         return {
@@ -266,7 +265,6 @@ class Run:
             "optimizer": [self.given, shown(self.optimizer)],
             "lr": [last, self.optimizer.learning_rate(last)],
             "guard": {"total": total, "rows": rows, "bad": bad},
-            "history": self.history.rows,
             "best": self.best,
             "stopped": self.stopped,
         }
@@ -282,8 +280,8 @@ class Run:
             "batch_size": self.batch_size,
             "accumulate": self.accumulate,
             "loss": shown(self.loss),
-            "data": self.data.fingerprint(),
-            "validation": None if held is None else held.fingerprint(),
+            "data": self.data.fingerprints(0),  # of some rows: at resume, the data may be on a card
+            "validation": None if held is None else held.fingerprints(0),
         }
 
     def check(self, state: dict[str, Any]) -> None:

@@ -1,0 +1,27 @@
+"""The CuPy lane: as few kernels as the mathematics allows, no wait for the device, and no copy to or from the host.
+
+What a small step costs on a GPU is the number of kernels that it launches. So each formula that the portable definition
+spells as several array operations is one kernel here. Kernels compute in float32 for float16 arrays, sum in a fixed order
+(no atomics: equal inputs give equal bits), and are launched on the current device and stream, which the callers make that of
+the arrays. They hold no memory between calls, so any number of threads and streams may use them at once.
+"""
+
+from ...activations import activation, activation_gradient
+from ...guard import judged
+from ...linear import affine, affine_gradients
+from ...losses import cross_entropy, cross_entropy_gradient, squared_error
+from ...optimizers import apply_update
+from . import activations, guard, losses, products, update
+
+OPERATIONS = {
+    affine: products.forward,
+    affine_gradients: products.backward,
+    activation: activations.activation,
+    activation_gradient: activations.activation_gradient,
+    cross_entropy: losses.cross_entropy,
+    cross_entropy_gradient: losses.cross_entropy_gradient,
+    squared_error: losses.squared_error,
+    apply_update: update.apply,
+    judged: guard.judged,
+}
+"""The portable operations, and their faster equals for CuPy arrays."""

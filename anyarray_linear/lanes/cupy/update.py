@@ -1,0 +1,165 @@
+"""The optimizer's update: one kernel for all parameters and moments, in place; clipping takes one more.
+
+What changes from step to step (the rate, the corrections, the largest norm) reaches the kernel by value, or, in a captured
+step, from the device, where it was put before the graph is launched.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cupy
+
+from ...arrays.place import Array, Namespace
+from ...binding import Binding, Flat, flat_of
+from ...optimizers import SGD, Adam, AdamW, apply_update
+from .kernels import ACCUMULATOR, THREADS, TYPES, contiguous, kernel
+from .tables import COUNT, SOURCE, tables
+
+NUMBERS = 9
+"""Numbers that a step has: the largest norm, and up to eight of its rule."""
+
+_SQUARES = SOURCE + """
+KERNEL squares(const Table dW, A* partial)
+{
+    A total = 0;
+    EACH_ELEMENT(dW)
+        const A g = A(dW.x[k][i]);
+        total += g * g;
+    END
+    total = block_sum(total);
+    if (threadIdx.x == 0) partial[blockIdx.x] = total;
+}
+"""
+
+_UPDATE = SOURCE + f"""
+struct Numbers {{ double clip_norm, of[{NUMBERS - 1}]; }};
+struct Step {{
+    Table dW;
+    T *W, *M, *V;
+    const bool* where;
+    const A* partial;
+    long long partials;
+    const Numbers* there;  // null: they are here
+    Numbers here;
+}};
+""" + """
+KERNEL update(const Step s)
+{
+    if (s.where && !*s.where) return;
+    const Numbers numbers = s.there ? *s.there : s.here;
+    const double* const of = numbers.of;
+    A scale = 1;
+    if (s.partials) {  // every block adds up the same numbers in the same order
+        A squares = 0;
+        for (long long i = threadIdx.x; i < s.partials; i += THREADS) squares += s.partial[i];
+        scale = A(numbers.clip_norm) / (sqrt(block_sum(squares)) + A(1e-6));
+        if (scale > A(1)) scale = 1;
+    }
+    NAMES
+    EACH_ELEMENT(s.dW)
+        A w = A(s.W[n]), g = A(s.dW.x[k][i]) * scale;
+        RULE
+        s.W[n] = T(w);
+    END
+}
+"""
+
+_SGD = (
+    "const A lr = of[0], momentum = of[1], nesterov = of[2], decay = of[3];",
+    """
+    if (decay != A(0)) g += decay * w;
+    if (momentum != A(0)) {
+        const A v = momentum * A(s.M[n]) + g;
+        s.M[n] = T(v);
+        g = nesterov != A(0) ? g + momentum * v : v;
+    }
+    w -= lr * g;
+    """,
+)
+_ADAM = (
+    "const A rate = of[0], beta1 = of[1], rest1 = of[2], beta2 = of[3], rest2 = of[4], eps = of[5], decay = of[6], "
+    "shrink = of[7];",
+    """
+    w *= shrink;
+    if (decay != A(0)) g += decay * w;
+    const A m = beta1 * A(s.M[n]) + rest1 * g, v = beta2 * A(s.V[n]) + rest2 * (g * g);
+    s.M[n] = T(m);
+    s.V[n] = T(v);
+    w -= rate * (m / (sqrt(v) + eps));
+    """,
+)
+
+
+_RULES: dict[type, tuple[str, str]] = {SGD: _SGD, Adam: _ADAM, AdamW: _ADAM}
+
+
+def is_known(optimizer: Any) -> bool:
+    """Whether there is a kernel for this rule: for its very type, since a subclass may have a formula of its own."""
+    return type(optimizer) in _RULES
+
+
+def numbers(optimizer: Any, by: tuple[float, ...]) -> tuple[float, ...]:
+    """The `NUMBERS` of a step, `by` what the optimizer's `scalars` gives."""
+    found = optimizer.clip_norm or 0.0, *by
+    return (*found, *(0.0,) * (NUMBERS - len(found)))
+
+
+@functools.cache
+def _kernel(rule_of: Any, dtype: str) -> Any:
+    names, rule = _RULES[rule_of]
+    line = " ".join(rule.split())
+    return kernel("update", _UPDATE, dtype, f"#define NAMES {names}\n#define RULE {line}\n")
+
+
+_REST = struct.Struct(f"7Q{NUMBERS}d")
+
+
+def update(
+    flat: Flat, optimizer: Any, gradients: Sequence[Array], values: Sequence[float], where: Array | None, there: int = 0
+) -> None:
+    """Update the buffers of `flat` by the gradients, in its order.
+
+    values: what `numbers` gives. there: the address of such numbers on the device, which are then taken instead.
+    """
+    dtype = flat.W.dtype
+    gradients = [contiguous(dW) for dW in gradients]
+    starts = tuple([part.start for part in flat.slices.values()])
+    found = tables(starts, tuple([dW.size for dW in gradients]), _REST.size)
+    parts = [gradients[i : i + COUNT] for i in range(0, len(gradients), COUNT)]
+    partials, partial = 0, None
+    if optimizer.clip_norm is not None:
+        wide = ACCUMULATOR[dtype.char]
+        partials = sum(table.blocks for table in found)
+        partial = cupy.ndarray((partials,), wide)
+        squares, address = kernel("squares", _SQUARES, dtype.char), partial.data.ptr
+        for table, part in zip(found, parts, strict=True):
+            squares((table.blocks,), (THREADS,), (table.filled(part), address))
+            address += table.blocks * wide.itemsize
+    rule: Any = type(optimizer)
+    work = _kernel(rule, dtype.char)
+    flag, sums = (0 if x is None else x.data.ptr for x in (where, partial))
+    buffers = [x.data.ptr for x in (flat.W, *flat.moments)] + [0, 0]
+    for i, (table, part) in enumerate(zip(found, parts, strict=True)):
+        offset = starts[i * COUNT] * dtype.itemsize  # a table counts from its first array
+        rest = *(address + offset for address in buffers[:3]), flag, sums, partials, there, *values
+        work((table.blocks,), (THREADS,), (table.filled(part, _REST, rest),))
+
+
+def apply(
+    xp: Namespace,
+    optimizer: Any,
+    bound: Binding,
+    gradients: Mapping[str, Array],
+    by: Any,
+    where: Array | None,
+) -> None:
+    """Update all parameters and moments in place."""
+    dtype = bound.place.dtype
+    if not is_known(optimizer) or dtype.char not in TYPES:  # somebody's own rule or layer
+        return apply_update(xp, optimizer, bound, gradients, by, where)
+    flat = flat_of(xp, bound, align=256 // dtype.itemsize)  # what cuBLAS likes operands to start at
+    return update(flat, optimizer, [gradients[name] for name in flat.views], numbers(optimizer, by), where)
