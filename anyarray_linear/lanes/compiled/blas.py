@@ -1,7 +1,7 @@
-"""The matrix products of compiled code: MKL where the `mkl` package is installed, else the BLAS that NumPy itself computes with.
+"""The matrix products of compiled code: MKL where the `mkl` package is installed, else the BLAS that NumPy computes with.
 
-A function is called by its address. Asking NumPy's own extension module for the symbol searches what it is linked with, so it is
-the very library that NumPy has loaded, wherever it is and whatever the wheel or distribution calls it.
+A function is called by its address. Asking NumPy's own extension module for the symbol searches what it is linked with, so
+it is the very library that NumPy has loaded, wherever it is and whatever the wheel or distribution calls it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,9 +64,7 @@ def _mkl() -> Blas | None:
 
 def _own() -> Blas:
     """NumPy's."""
-    import numpy as np
-
-    library = ctypes.CDLL(np._core._multiarray_umath.__file__)
+    library = ctypes.CDLL(import_module("numpy._core._multiarray_umath").__file__)
     for name, wide in _NAMES:
         try:
             single, double = (_address(getattr(library, name.format(letter))) for letter in "sd")
@@ -89,8 +88,8 @@ def blas() -> Blas:
 class _Alone:
     """A context in which OpenBLAS forms a product in the thread that asks for it.
 
-    Its own threads would spin for some 26 ms after each product, on the cores that ours compute on. The number of threads is one
-    for the whole process, so steps in several threads count who is inside, and the last one out puts it back.
+    Its own threads would spin for some 26 ms after each product, on the cores that ours compute on. The number of threads is
+    one for the whole process, so steps in several threads count who is inside, and the last one out puts it back.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """Compiled code: made by numba once per machine, kept on disk as an object file, and loaded without numba.
 
 Importing numba takes longer than many trainings. So what it compiles is kept as machine code, in a folder of the user's, and
-loading that needs llvmlite only, some 50 ms. What is kept is used only by the same source, the same numba and llvmlite, and the
-same kind of processor.
+loading that needs llvmlite only, some 50 ms. What is kept is used only by the same source, the same numba and llvmlite, and
+the same kind of processor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _lock = threading.Lock()
-SOURCES = "layout", "machine", "elementary", "kernels", "engine"
+SOURCES = "building", "layout", "source/machine", "source/elementary", "source/kernels", "source/engine"
 LIBRARY = {"memset", "memcpy", "memmove", "log", "logf", "log1p", "log1pf", "sqrt", "sqrtf", "exp", "expf"}
 """The functions of the C library that compiled code may call."""
 
@@ -87,7 +87,6 @@ def _key(llvm: Any) -> str:
     here, found = Path(__file__).parent, hashlib.sha256()
     for name in SOURCES:
         found.update((here / f"{name}.py").read_bytes())
-    found.update((here / "building.py").read_bytes())
     for name in ("numba", "llvmlite"):
         spec = PathFinder.find_spec(name)
         origin = Path(spec.origin if spec and spec.origin else "")
@@ -155,7 +154,7 @@ def _compiled(llvm: Any, dtype: str) -> bytes:
     import numpy as np
     from numba import njit
 
-    from .engine import enter
+    from .source.engine import enter
 
     like = np.dtype(dtype).type(1)
 
@@ -175,6 +174,6 @@ def _compiled(llvm: Any, dtype: str) -> bytes:
 
 @functools.cache
 def caller(address: int, *, holding: bool) -> Any:
-    """`run` as a Python function; `holding` the interpreter: what takes microseconds should not hand it to another thread."""
+    """`run` as a Python function; `holding` the interpreter, which what takes microseconds should not hand to others."""
     kind = ctypes.PYFUNCTYPE if holding else ctypes.CFUNCTYPE
     return kind(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(address)

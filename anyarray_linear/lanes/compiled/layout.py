@@ -1,8 +1,9 @@
 """How a program, the numbers of a step and the pool of threads lie in memory: the indices that both sides agree on.
 
-A *program* is a table of operations. Each is worked on in *tiles*, which any thread may take: tile `t` of the operations taken
-together has the ticket `t`, threads draw tickets in order, and a tile waits until all tiles before its operation's `AFTER` are
-done. What a tile computes does not depend on who computes it, so results are the same bits for any number of threads.
+A *program* is a table of operations. Each is worked on in *tiles*, which any thread may take: tile `t` of the operations
+taken together has the ticket `t`, threads draw tickets in order, and a tile waits until all tiles before its operation's
+`AFTER` are done. What a tile computes does not depend on who computes it, so results are the same bits for any number of
+threads.
 """
 
 # the control block of one program, in int64; what threads write at once lies 64 bytes apart

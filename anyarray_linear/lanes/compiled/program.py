@@ -174,7 +174,7 @@ class Program:
         sources, kept = self._forward(X, ld)
         self.output = self._out
         if target is not None:
-            self._train(sources, kept, y, target_width, flat, gradients, rule)
+            self._train(sources, kept, y, flat, gradients, rule)
         table = np.zeros((len(self.operations), at.FIELDS), np.int64)
         for row, operation in zip(table, self.operations, strict=True):
             row[: len(operation)] = operation
@@ -249,8 +249,9 @@ class Program:
         return sources, kept
 
     def _train(
-        self, sources: list[tuple[int, int]], kept: list[int], y: int, target_width: int, flat: Any, gradients: Any, rule: int
+        self, sources: list[tuple[int, int]], kept: list[int], y: int, flat: Any, gradients: Any, rule: int
     ) -> None:
+        """The operations from the loss to the update."""
         stages, n, target = self._stages, self.rows, self._target
         classes = stages[-1].out
         elements = n if target in (at.IDS, at.ROWS) else n * classes

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from struct import Struct
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from ...arrays.cores import usable_cores
 from ...arrays.place import Array, Namespace
 from ...binding import flat_of
 from ...guard import Guard
@@ -16,11 +17,11 @@ from . import layout as at
 from .blas import alone, blas
 from .building import Unavailable, caller, code_for
 from .program import IN_ONE, Host, Program, Stage, Unsupported, containers_of, layers_of, loss_kind, rule_of, stages_of
-from .threads import cores, pool_for, yielding
+from .threads import pool_for, yielding
 
 PATIENCE = 100
-"""Steps that a small model takes before code is compiled or loaded for it, a large one fewer. Counted by the optimizer, so that
-a training that goes on from a file has the bits of one that never stopped."""
+"""Steps that a small model takes before code is compiled or loaded for it, a large one fewer. Counted by the optimizer, so
+that a training that goes on from a file has the bits of one that never stopped."""
 _LARGE = 20_000
 _KEPT = 4
 """Programs kept, for as many batch sizes and kinds of target."""
@@ -28,7 +29,7 @@ _LONG = 1 << 22
 """Multiplications in a step from which on other Python threads may run beside it."""
 
 
-_put_arrays, _put_adam, _put_sgd = (Struct(form).pack_into for form in ("4q", "8d", "5d"))
+_put_arrays, _put_adam, _put_sgd = (cast(Any, Struct(form)).pack_into for form in ("4q", "8d", "5d"))
 
 
 class Plan:
@@ -57,7 +58,7 @@ class Plan:
         self.code, self.blas = code_for(self.dtype.name), blas()
         self.holding, self.letting_go = (caller(self.code.run, holding=holding) for holding in (True, False))
         self.pool = pool_for(self.code)
-        self.threads = max(1, min(alone.cores(self.blas), cores(), 64))
+        self.threads = max(1, min(alone.cores(self.blas), len(usable_cores()), 64))
         self.told = [
             f"compiled: products by {self.blas.name}, {n} thread{'s' if n > 1 else ''}" for n in range(1, self.threads + 1)
         ]
@@ -72,7 +73,9 @@ class Plan:
         bound = step.optimizer.bind(step.model)
         if flat_of(xp, bound) is not self.flat or bound.leaves != self.bound.leaves:
             return False
-        if layers_of(step.model) != self.layers or vars(step.loss) != self.loss_options or rule_of(step.optimizer) != self.rule:
+        if layers_of(step.model) != self.layers or vars(step.loss) != self.loss_options:
+            return False
+        if rule_of(step.optimizer) != self.rule:
             return False
         if any(layer.W is not W or layer.b is not b for layer, W, b, _ in self.watched if id(layer) in self.frozen):
             return False
@@ -133,11 +136,10 @@ class Plan:
             numbers[at.CLIP : at.CLOSED + 1] = clip or 0.0, guard is not None, guard is not None and guard.fatal != 0
         if X.ndim != 2:
             X = X.reshape(-1, self.width)
-        if X.strides[1] != X.itemsize or X.strides[0] % X.itemsize or X.strides[0] < X.shape[1] * X.itemsize:
-            X = np.ascontiguousarray(X)
-        elif self.stages[0].layer is None and order is None:  # an activation first
-            X = np.ascontiguousarray(X)
-        arrays = id(X), X.strides[0] // X.itemsize, id(target), 0 if order is None else id(order)
+        apart, size = X.strides[0], X.itemsize
+        if X.strides[1] != size or apart % size or apart < X.shape[1] * size or self.stages[0].layer is None:
+            X = np.ascontiguousarray(X)  # a product takes rows that are apart, an activation does not
+        arrays = id(X), X.strides[0] // size, id(target), 0 if order is None else id(order)
         _put_arrays(program.control, 8 * at.X, *arrays)
         step.whole = False
         others = self._run(program)
@@ -169,7 +171,7 @@ class Plan:
                 alone.leave(self.blas)
             return 0
         try:
-            wanted = min(alone.cores(self.blas), cores(), program.threads) - 1
+            wanted = min(alone.cores(self.blas), len(usable_cores()), program.threads) - 1
             others = self.pool.grow(wanted) if wanted > 0 else 0
             alone.enter(self.blas)
             try:

@@ -1,7 +1,7 @@
 """The pool: native threads that help with a program, and sleep when there is none.
 
-They know nothing of Python: they hold no interpreter, end with the process, and are there for a thread that outlives the main
-one. A program runs alone where the pool is at work for another thread's step, or where the system has no such threads.
+They know nothing of Python: they hold no interpreter, end with the process, and are there for a thread that outlives the
+main one. A program runs alone where the pool is at work for another thread's step, or where the system has no such threads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 
 from . import layout as at
 from .building import Code
-from .blas import blas
 
 _WATCHING = 2000
 """How often a thread looks for the next program before it goes to sleep: some 0.1 ms."""
@@ -66,7 +65,7 @@ class Pool:
             (at.LOCK, "pthread_mutex_lock"), (at.UNLOCK, "pthread_mutex_unlock"),
             (at.WAIT, "pthread_cond_wait"), (at.WAKE, "pthread_cond_broadcast"),
         ):  # fmt: skip
-            p[index] = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+            p[index] = ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
         p[at.PATIENCE] = _WATCHING
         mutex, condition = (ctypes.c_void_p(self.address + 8 * i) for i in (at.MUTEX, at.CONDITION))
         return not library.pthread_mutex_init(mutex, None) and not library.pthread_cond_init(condition, None)
@@ -107,8 +106,3 @@ def yielding() -> int:
     if sys.platform == "win32":
         return 0
     return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,6 @@
-"""What the compiled code asks of the machine and Python has no words for: raw memory, atomic counters, a BLAS by its address.
+"""What the compiled code asks of the machine and Python has no words for: raw memory, atomic counters, a BLAS by address.
 
-numba compiles these into single instructions. Only `building` imports this module, and what stands on it, and only when there
-is something to compile: a step that is compiled already runs without numba.
+numba compiles these into single instructions.
 """
 
 from __future__ import annotations

@@ -10,10 +10,9 @@ from math import log, log1p, sqrt
 import numpy as np
 from numba import njit
 
-from . import layout as at
-from .elementary import BARE
+from .. import layout as at
+from .elementary import BARE, decay, normal_cdf, sigmoid, tanh
 from .elementary import OPTIONS as INLINE
-from .elementary import decay, erf, sigmoid, tanh
 from .machine import either, number, pointer, product, size_of
 
 PLAIN = {**BARE, "fastmath": {"contract"}}
@@ -56,7 +55,7 @@ def gelu_tanh(z):
 
 @njit(**INLINE)
 def gelu(z):
-    return number(z, 0.5) * z * (number(z, 1.0) + erf(z * number(z, 0.7071067811865476)))
+    return z * normal_cdf(z)
 
 
 @njit(**INLINE)
@@ -77,8 +76,9 @@ def gelu_tanh_slope(x):
 
 @njit(**INLINE)
 def gelu_slope(x):
-    density = decay(number(x, -0.5) * (x * x)) * number(x, 0.3989422804014327)
-    return number(x, 0.5) * (number(x, 1.0) + erf(x * number(x, 0.7071067811865476))) + x * density
+    far = number(x, 40.0)  # the density is 0 from there on, and no square overflows
+    near = either(x > far, far, either(x < -far, -far, x))
+    return normal_cdf(x) + near * (decay(number(x, -0.5) * (near * near)) * number(x, 0.3989422804014327))
 
 
 @njit(**PLAIN)
@@ -444,9 +444,9 @@ def update(op, c, tile, like):
     M, V = pointer(first + start, like), pointer(second + start, like)
     scale, k = number(like, h[at.SCALE]), at.RULE
     if rule == at.ADAM:
-        rate, beta1, rest1, beta2 = number(like, h[k]), number(like, h[k + 1]), number(like, h[k + 2]), number(like, h[k + 3])
-        rest2, eps, weight_decay = number(like, h[k + 4]), number(like, h[k + 5]), number(like, h[k + 6])
-        shrink = number(like, h[k + 7])
+        rate, beta1, rest1 = number(like, h[k]), number(like, h[k + 1]), number(like, h[k + 2])
+        beta2, rest2, eps = number(like, h[k + 3]), number(like, h[k + 4]), number(like, h[k + 5])
+        weight_decay, shrink = number(like, h[k + 6]), number(like, h[k + 7])
         for j in range(n):
             w = W[j] * shrink
             g = G[j] * scale + weight_decay * w
@@ -456,8 +456,8 @@ def update(op, c, tile, like):
             V[j] = v
             W[j] = w - rate * (m / (sqrt(v) + eps))
     else:
-        lr, momentum, own, weight_decay = number(like, h[k]), number(like, h[k + 1]), number(like, h[k + 2]), number(like, h[k + 3])
-        part_of_velocity = number(like, h[k + 4])
+        lr, momentum, own = number(like, h[k]), number(like, h[k + 1]), number(like, h[k + 2])
+        weight_decay, part_of_velocity = number(like, h[k + 3]), number(like, h[k + 4])
         if rule == at.PLAIN:
             for j in range(n):
                 W[j] = W[j] - lr * (G[j] * scale + weight_decay * W[j])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -58,7 +60,7 @@ def random(*shape, dtype="float32", seed=0):
 
 def model_of(sizes, activation=None, dtype="float32", bias=True):
     layers = []
-    for i, (width, out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (width, out) in enumerate(itertools.pairwise(sizes)):
         layers.append(Linear(width, out, dtype=dtype, bias=bias, init="pytorch", seed=i))
         if activation is not None and i < len(sizes) - 2:
             layers.append(activation())
@@ -381,7 +383,7 @@ def test_what_does_not_fit_is_told_as_ever_and_changes_nothing(X, y):
     before, steps_before = weights(compiled), compiled.optimizer.steps
     with lanes.off(), pytest.raises((TypeError, ValueError)) as expected:
         portable(X, y)
-    with pytest.raises(type(expected.value), match=str(expected.value)[:20].replace("(", r"\(")):
+    with pytest.raises(type(expected.value), match=re.escape(str(expected.value)[:20])):
         compiled(X, y)
     assert_same_bits(weights(compiled), before)
     assert compiled.optimizer.steps == steps_before
@@ -522,8 +524,11 @@ def test_fit_gives_what_steps_by_hand_give():
     portable = model_of((6, 5, 4), ReLU)
     with lanes.off():
         fit(portable, X, y, loss=SoftmaxCrossEntropy(), optimizer=Adam(0.01), epochs=3, batch_size=16, progress=False)
-    for W, expected in zip(model.parameters().values(), portable.parameters().values(), strict=True):
-        assert 0 < np.abs(W - expected).max() <= 1e-5  # other bits: it was compiled
+    apart = [
+        np.abs(W - expected).max()
+        for W, expected in zip(model.parameters().values(), portable.parameters().values(), strict=True)
+    ]
+    assert 0 < max(apart) <= 1e-5  # other bits: it was compiled
 
 
 # ----------------------------------------------------------------------------------------------------------------------

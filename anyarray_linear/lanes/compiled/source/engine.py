@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .. import layout as at
 from . import kernels
-from . import layout as at
 from .elementary import BARE
 from .machine import atomic_add, atomic_load, atomic_store, call, flush_denormals, pointer, relax, restore_denormals
 
