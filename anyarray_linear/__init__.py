@@ -7,11 +7,13 @@ layer: activations, a container that catches the caches, losses, optimizers, a t
 from .activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from .arrays.device import Device
 from .arrays.selection import DeviceUnavailableError, select_device
+from .dropout import Dropout
 from .files import CheckpointError, load_checkpoint, load_model, save_checkpoint, save_model
 from .linear import Linear, LinearGradients, linear_backward, linear_forward
 from .losses import MeanSquaredError, SoftmaxCrossEntropy
+from .normalization import LayerNorm
 from .optimizers import SGD, Adam, AdamW
-from .protocol import Layer
+from .protocol import Layer, restore, snapshot
 from .sequential import Sequential
 from .training import History, NonFiniteError, evaluate, fit, predict
 
@@ -25,8 +27,10 @@ __all__ = [
     "CheckpointError",
     "Device",
     "DeviceUnavailableError",
+    "Dropout",
     "History",
     "Layer",
+    "LayerNorm",
     "Linear",
     "LinearGradients",
     "MeanSquaredError",
@@ -44,7 +48,9 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "predict",
+    "restore",
     "save_checkpoint",
     "save_model",
     "select_device",
+    "snapshot",
 ]

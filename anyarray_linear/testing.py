@@ -52,7 +52,7 @@ from .arrays.device import Device
 from .arrays.place import Array, computing_on, dtype_name, is_array
 from .arrays.selection import DeviceUnavailableError, select_device
 from .linear import Linear
-from .protocol import leaves, parameters
+from .protocol import leaves, parameters, restore_states, snapshot
 
 __all__ = [
     "Agreement",
@@ -336,9 +336,10 @@ def gradcheck(
     one, or too near to one for any step, is told. What the rounding of the outputs may make of the slope,
     `u <|dZ|, |Z|> / h` for one rounding each, is allowed for; where it would hide all else, that is told too.
 
-    layer: a layer or container, whose parameters are left as they are. X: its input, on the layer's device. dZ: the
-    gradient of the loss by the output, of its shape; by default random. rtol: the allowed error, relative to the norm of the
-    gradient; by default `1e-12` for a `Linear` and `1e-6` for others. seed: of the directions.
+    layer: a layer or container, whose parameters and states are left as they are; its `forward` is what is checked. X: its
+    input, on the layer's device. dZ: the gradient of the loss by the output, of its shape; by default random. rtol: the
+    allowed error, relative to the norm of the gradient; by default `1e-12` for a `Linear` and `1e-6` for others. seed: of
+    the directions.
 
     Returns the relative error by operand: `{"X": ..., "W": ..., "b": ...}`.
     Raises `AssertionError` for a gradient that is wrong, missing or of another shape; `ValueError` if no step is small
@@ -354,6 +355,8 @@ def gradcheck(
     _check_finite("X", X, "float64")
     rng, place = np.random.default_rng(seed), Device.of(X)
     layer, X = layer.to(dtype="float64"), place.asarray(X, "float64")
+    before = snapshot(layer)
+    restore_states(layer, before)
     Z, cache = layer.forward(X)
     dZ = place.asarray(rng.standard_normal(Z.shape) if dZ is None else dZ, "float64")
     dX, gradients = layer.gradients(dZ, cache)
@@ -372,8 +375,9 @@ def gradcheck(
         def output(step: float, name: str = name, V: Array = V) -> Host:
             with computing_on(V):
                 moved = values[name] + step * V
+            restore_states(layer, before)  # what a forward pass changes, such as which mask is the next one's
             if name == "X":
-                return _host(layer(moved))
+                return _host(layer.forward(moved)[0])
             return _host(_with_parameter(layer, name, moved, X))
 
         g = _host(gradient)
@@ -386,6 +390,7 @@ def gradcheck(
                 f"d{name} gives the slope {claimed!r} along a random direction, but the central difference is {slope!r}: "
                 f"off by {errors[name]:.3g} of the gradient's norm, where {rtol + rounding / scale:.3g} is allowed"
             )
+    restore_states(layer, before)
     if complaints:
         raise AssertionError("\n".join(complaints))
     return errors
@@ -398,7 +403,7 @@ def _with_parameter(layer: Any, name: str, value: Array, X: Array) -> Array:
     before = getattr(leaf, p)
     setattr(leaf, p, value)
     try:
-        return layer(X)
+        return layer.forward(X)[0]
     finally:
         setattr(leaf, p, before)
 

@@ -19,12 +19,13 @@ from rich import box
 from rich.table import Table
 
 from anyarray_linear import select_device
-from anyarray_linear.arrays import doctor
+from anyarray_linear.arrays import cards
+from anyarray_linear.arrays.cores import usable_cores
 
 from . import host as host_time
 from . import start as whole_processes
 from .cases import CASES, COUNTED_CASES
-from .processes import Failed, answer_of, cores, telling
+from .processes import Failed, answer_of, telling
 from .race import LABELS, PEERS, Race, missing, summarise, summary
 from .tables import console, roofline, show, show_machine
 from .worker import BURSTS
@@ -92,7 +93,7 @@ def peers(
         "device": str(place),
         "name": place.name,
         "stand_in": stand_in,
-        "cautions": doctor.cautions(place.index) if place.index is not None else [],
+        "cautions": cards.cautions(place.index) if place.index is not None else [],
         "runs": runs,
         "rounds": rounds,
         "estimator": f"median over all rounds of the fastest of {BURSTS} bursts; spread: quartiles",
@@ -249,7 +250,7 @@ def _circumstances() -> dict[str, Any]:
         model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     machine = {
         "processor": model[1] if model else platform.processor(),
-        "cores": cores(),
+        "cores": len(usable_cores()),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,

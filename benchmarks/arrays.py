@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from .cases import DIGITS, Call, Host, Parameters, digits, first_weights
-from .processes import cores
 
 
 class _Arrays:
@@ -260,14 +259,20 @@ class Limit(_Arrays):
 
     def _copied(self, target: Any, source: Any) -> Call:
         """The call that copies a large array: on all cores, or by the device."""
-        if self.device.index is not None or cores() == 1:
+        if self.device.index is not None or self.cores == 1:
             return lambda: self.library.copyto(target, source)
-        pairs = list(zip(np.array_split(target, cores()), np.array_split(source, cores()), strict=True))
+        pairs = list(zip(np.array_split(target, self.cores), np.array_split(source, self.cores), strict=True))
         return lambda: list(self.pool.map(lambda pair: np.copyto(*pair), pairs))
 
     @functools.cached_property
+    def cores(self) -> int:
+        from anyarray_linear.arrays.cores import usable_cores
+
+        return len(usable_cores())
+
+    @functools.cached_property
     def pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(cores())
+        return ThreadPoolExecutor(self.cores)
 
     def roofs(self, quick: bool) -> dict[str, float]:
         """The rate of a large product, in flop/s, and of a copy that no cache holds, in bytes/s read and written."""

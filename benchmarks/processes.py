@@ -37,11 +37,6 @@ def telling() -> dict[str, str]:
     return {name: value for name, value in sorted(environment().items()) if re.match(TELLING, name)}
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def ends_with_its_parent() -> None:
     """Have this process killed when the one that started it ends, or stopped processes would stay behind."""
     if sys.platform == "linux":

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -216,20 +217,30 @@ def make_backend(name: str) -> Backend:
     return _MAKERS[name](name)
 
 
-def _described(name: str) -> str:
-    """The version and device of a backend, importing none but CuPy."""
+def missing(name: str) -> str | None:
+    """Why the backend called `name` cannot be tested here, found out without importing any but CuPy; `None` if it can."""
     if name.startswith("cupy"):
         try:
-            cupy, devices = _cuda()
+            _, devices = _cuda()
         except Unavailable as why:
-            return f"not here: {why}"
+            return str(why)
         index = int(name.removeprefix("cupy:"))
-        return f"cupy {cupy.__version__} on {devices[index]}" if index < len(devices) else "not here: no such device"
-    package = next(package for start, package in _PACKAGES.items() if name.startswith(start))
-    if importlib.util.find_spec(package) is None:
-        return f"not here: {package} is not installed"
+        return None if index < len(devices) else f"there is no CUDA device {index}"
+    package = _package(name)
+    return None if importlib.util.find_spec(package) is not None else f"{package} is not installed"
+
+
+def _package(name: str) -> str:
+    return next(package for start, package in _PACKAGES.items() if name.startswith(start))
+
+
+def _described(name: str) -> str:
+    """The version and device of a backend that is here, importing none but CuPy."""
+    if name.startswith("cupy"):
+        cupy, devices = _cuda()
+        return f"cupy {cupy.__version__} on {devices[int(name.removeprefix('cupy:'))]}"
     device = "device1" if name == "strict-device1" else "cpu"
-    return f"{package} {version(package)} on {device}"
+    return f"{_package(name)} {version(_package(name))} on {device}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,54 +264,86 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    chosen = config.getoption("--backends")
+    chosen, require_cuda = config.getoption("--backends"), config.getoption("--require-cuda")
+    if require_cuda and _cuda_state()[0] != "real":
+        pytest.exit(f"--require-cuda: {_cuda_state()[1]}", returncode=1)
     names = list(_MAKERS) if chosen is None else chosen.split(",")
     unknown = [name for name in names if name not in _MAKERS]
     if unknown:
         raise pytest.UsageError(f"--backends: no backend {', '.join(unknown)}; there are {', '.join(_MAKERS)}")
-    config.pluginmanager.register(_Backends(names, config.getoption("--require-cuda")), "anyarray_linear_backends")
+    absent = {name: why for name in names if (why := missing(name)) is not None}
+    if chosen is not None and absent:  # who asks for one by name is not answered by silence
+        raise pytest.UsageError(f"--backends: {'; '.join(f'{name}: {why}' for name, why in absent.items())}")
+    backends = _Backends([name for name in names if name not in absent], absent, require_cuda)
+    config.pluginmanager.register(backends, "anyarray_linear_backends")
 
 
 class _Backends:
-    """Parametrises tests by backend, counts what ran on each, and prints the `("print", line)` properties of tests."""
+    """Parametrises tests by the backends that are here, leaves out what needs another, and counts what ran on each.
 
-    def __init__(self, names: list[str], require_cuda: bool) -> None:
-        self.names, self.require_cuda = names, require_cuda
+    What was left out is said once, at the end. `("print", line)` properties of tests are printed there too.
+    """
+
+    def __init__(self, here: list[str], absent: dict[str, str], require_cuda: bool) -> None:
+        self.here, self.absent, self.require_cuda = here, absent, require_cuda
         self.count: Counter[tuple[str, str]] = Counter()
+        self.skipped: Counter[str] = Counter()
         self.printed: list[str] = []
+        self.started = time.monotonic()
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         own = any("backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
         if "backend" in metafunc.fixturenames and not own:  # a test may name its own backends: indirect=["backend"]
-            metafunc.parametrize("backend", self.names, indirect=True)
+            metafunc.parametrize("backend", self.here, indirect=True)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        kept, left_out = [], []
+        for item in items:
+            (kept if self._can_run(item) else left_out).append(item)
+            if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(3600))
+        items[:] = kept
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+
+    def _can_run(self, item: pytest.Item) -> bool:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if isinstance(backend, str) and backend in _MAKERS and backend not in self.here:
+            return False
+        return item.get_closest_marker("stand_in") is None or _cuda_state()[0] == "stand-in"
 
     def pytest_report_header(self) -> list[str]:
-        return [*(f"backend {name}: {_described(name)}" for name in self.names), _cuda_state()[1]]
-
-    def pytest_sessionstart(self, session: pytest.Session) -> None:
-        if self.require_cuda and _cuda_state()[0] != "real":
-            pytest.exit(f"--require-cuda: {_cuda_state()[1]}", returncode=1)
+        lines = [f"backend {name}: {_described(name)}" for name in self.here]
+        return [*lines, *(f"left out, {name}: {why}" for name, why in self.absent.items()), _cuda_state()[1]]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # a test counts as passed when its call passed, and as failed when any phase of it failed
         if (report.when == "call" and report.passed) or report.failed:
             backend = dict(report.user_properties).get("backend", "none")
             self.count[backend, report.outcome] += 1
+        if report.skipped and isinstance(report.longrepr, tuple):
+            self.skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1
         if report.when == "call":
             self.printed += [line for name, line in report.user_properties if name == "print"]
 
     def ran(self, backend: str) -> int:
         return self.count[backend, "passed"] + self.count[backend, "failed"]
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Iterator[None]:
         on_controller = not hasattr(session.config, "workerinput")
         if self.require_cuda and on_controller and session.exitstatus == 0 and not any(map(self.ran, self._cuda_names)):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        yield  # pytest's own summary, up to its last line
+        terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None and on_controller and not session.config.option.collectonly:
+            for line in self.in_words(session.exitstatus):
+                terminal.write_line(line)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("tests run per backend")
-        for name in [*self.names, "none"]:
+        for name in [*self.here, "none"]:
             passed, failed = self.count[name, "passed"], self.count[name, "failed"]
             what = "tests that need no particular one" if name == "none" else _described(name)
             terminalreporter.write_line(f"backend {name}: {passed} passed, {failed} failed ({what})")
@@ -310,20 +353,41 @@ class _Backends:
         if self.require_cuda and not any(map(self.ran, self._cuda_names)):
             terminalreporter.write_line("--require-cuda: no test ran on a CUDA device", red=True)
 
+    def in_words(self, exit_status: int) -> Iterator[str]:
+        """The last lines, for somebody who runs these tests for the first time."""
+        passed, failed = (sum(n for (_, what), n in self.count.items() if what == kind) for kind in ("passed", "failed"))
+        took = f"in {time.monotonic() - self.started:.0f} seconds"
+        if failed:
+            yield f"\n{failed} of {passed + failed} tests FAILED {took}; what each expected and got is above."
+        elif exit_status == 0 and passed:
+            yield f"\nAll {passed} tests passed {took}: this works on your machine."
+        else:
+            yield f"\nThe run did not come to its end, or found nothing to run; {passed} tests had passed."
+        used = dict.fromkeys(_described(name) for name in self.here if self.ran(name))
+        if used:
+            yield f"They computed with {', '.join(used)}."
+        if any(map(self.ran, self._cuda_names)):
+            yield _cuda_state()[1]
+        reasons = dict.fromkeys(self.absent.values())
+        if reasons or self.skipped:
+            yield "Left out, which is no fault: what is optional is not here, or a backend has not what the test is about."
+        for why in reasons:
+            yield f"- tests on {', '.join(name for name, each in self.absent.items() if each == why)}: {why}"
+        most = self.skipped.most_common(8)
+        for why, n in most:
+            yield f"- {n} test{'s' * (n > 1)}: {why}"
+        if len(self.skipped) > len(most):
+            yield f"- {self.skipped.total() - sum(n for _, n in most)} more; -rs lists them all"
+
     @property
     def _cuda_names(self) -> list[str]:
-        return [name for name in self.names if name.startswith("cupy")]
+        return [name for name in self.here if name.startswith("cupy")]
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The array library and device that this run of the test is for."""
-    if request.param not in request.config.pluginmanager.get_plugin("anyarray_linear_backends").names:
-        pytest.skip(f"{request.param} is not among --backends")
     request.node.user_properties.append(("backend", request.param))
-    try:
-        backend = make_backend(request.param)
-    except Unavailable as why:
-        pytest.skip(str(why))
+    backend = make_backend(request.param)
     with backend.around():
         yield backend

@@ -232,13 +232,8 @@ def test_what_cannot_be_chosen_is_refused_with_what_can(
     assert "thinc is not installed; pip install" in outcome.err
 
 
-def needs_the_stand_in() -> None:
-    if find_spec("cupy_backends") is None or find_spec("cupy_backends.cpu_counters") is None:
-        pytest.skip("the CPU stand-in of CuPy is not installed")
-
-
+@pytest.mark.stand_in
 def test_the_stand_in_is_named_and_gets_counts_but_no_timings(run: Callable[..., Outcome]) -> None:
-    needs_the_stand_in()
     outcome = run("peers", "--device", "cuda:1", "--only", "layer1,step6", "--json", "b.json", "--plot", "b.png")
     assert outcome.code == 0 or not hasattr(anyarray_linear, "TrainingStep"), outcome.err
     assert "CPU stand-in" in outcome.out
@@ -256,8 +251,8 @@ def test_the_stand_in_is_named_and_gets_counts_but_no_timings(run: Callable[...,
     assert counts["device_to_host"] == counts["host_to_device"] == counts["synchronizations"] == 0
 
 
+@pytest.mark.stand_in
 def test_the_hosts_time_is_a_ratio_to_bare_calls_and_said_to_be_no_gpus(run: Callable[..., Outcome]) -> None:
-    needs_the_stand_in()
     outcome = run("host", "--runs", "1", "--json", "b.json")
     assert outcome.code == 0, outcome.err
     assert "no GPU" in outcome.out

@@ -89,7 +89,7 @@ PAIRS = {
     Tanh: lambda torch: torch.nn.Tanh(),
     Sigmoid: lambda torch: torch.nn.Sigmoid(),
     SiLU: lambda torch: torch.nn.SiLU(),
-    GELU: lambda torch: torch.nn.GELU(approximate="tanh"),
+    GELU: lambda torch: torch.nn.GELU(),
 }
 
 

@@ -47,6 +47,9 @@ class _Failure(Exception):
     """A failure that a step has recognised itself: `_Failure(sentence, cure)`."""
 
 
+PROBE = "float32 x", "float32 y", "y = 2 * x + 1", "anyarray_linear_probe"
+"""The kernel that a card has to run."""
+
 _lock = threading.RLock()
 _known: dict[Any, Any] = {}  # what was found in this process: the steps all devices share, and each device's own
 
@@ -183,7 +186,7 @@ def _device(index: int) -> str:
 def _kernel(index: int) -> str:
     cupy = cards.load_cupy()
     with cupy.cuda.Device(index):
-        kernel = cupy.ElementwiseKernel("float32 x", "float32 y", "y = 2 * x + 1", "anyarray_linear_probe")
+        kernel = cupy.ElementwiseKernel(*PROBE)
         _compare(kernel(cupy.arange(4, dtype=np.float32)), np.asarray([1, 3, 5, 7]), "an elementwise kernel", index)
     return "compiled and ran"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.atomic import sweep
-from ..files.checkpoints import checkpoints
+from ..files.checkpoints import checkpoints, files_of
 from ..files.locks import locked
 from ._common import bad
 
@@ -60,7 +60,7 @@ def _clear(folder: Path) -> None:
     """Remove the files that this command writes, and nothing else."""
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    for path in (*checkpoints(folder / CHECKPOINTS), folder / BEST):
+    for path in files_of(folder / CHECKPOINTS):
         path.unlink(missing_ok=True)
 
 

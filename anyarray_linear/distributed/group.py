@@ -30,7 +30,7 @@ class RankError(RuntimeError):
     ranks: the numbers of the ranks that it is about.
     """
 
-    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:  # the default is for pickles
         super().__init__(message)
         self.ranks = ranks
 

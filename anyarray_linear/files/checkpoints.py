@@ -17,11 +17,26 @@ from typing import Any
 
 from ..arrays.place import Array
 from ..protocol import join, leaves
-from .architecture import architecture_of, first_difference
+from .architecture import architecture_of, first_difference, warn_of_what_is_not_kept
 from .atomic import atomic_write
+from .journal import NAME as JOURNAL
+from .journal import rows_of
 from .sealed import MOMENT, CheckpointError, File, as_json, read, seal, told
-from .tensors import assign, check_tensor, match, memory_advice, on_host, placed, placed_all, size_of, weights_of
+from .tensors import (
+    assign,
+    check_tensor,
+    match,
+    match_numbers,
+    memory_advice,
+    numbers_of,
+    on_host,
+    placed,
+    placed_all,
+    size_of,
+    weights_of,
+)
 
+_BEST = "best.safetensors"
 _STEP = re.compile(r"step-([0-9]+)\.safetensors")
 
 
@@ -33,12 +48,15 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 3,
     best: bool = False,
+    history: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write all that resuming needs to `folder/step-000000123.safetensors`, atomically, and remove older checkpoints.
 
     state: what else the run needs, as JSON holds it: epoch, position, history, host random state; NaN, infinities and ints
     of any size come back. `state["step"]` numbers the file; without it, the optimizer's steps do.
     keep: how many checkpoints stay, the newest ones. best: whether to write `folder/best.safetensors` as well.
+    history: what `Journal(folder).keep(rows)` returned. The rows, in their own file, then come back as `state["history"]`,
+    and the checkpoints do not grow with them.
 
     Returns the path of the checkpoint. The folder is made if need be. An old one that cannot be removed is warned of.
 
@@ -53,13 +71,16 @@ def save_checkpoint(
         raise ValueError(f"keep is {keep}; it must be at least 1")
     rule = optimizer.state_dict()
     moments = {f"{MOMENT}{name}/{m}": on_host(x) for name, own in rule.pop("moments").items() for m, x in own.items()}
-    info = {"architecture": architecture_of(model), "optimizer": rule, "metadata": kept}
+    info = {"architecture": architecture_of(model), "optimizer": rule, "metadata": kept, **numbers_of(model)}
+    warn_of_what_is_not_kept(model)
+    if history is not None:
+        info["history"] = dict(history)
     path = Path(folder) / f"step-{step:09}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     data = seal(path, weights_of(model) | moments, info)
     if best:  # first: whoever dies between the two comes back to before both, and writes both again
-        atomic_write(path.with_name("best.safetensors"), data)
-    atomic_write(path, data)
+        atomic_write(path.with_name(_BEST), data, follow=False)
+    atomic_write(path, data, follow=False)
     past = [old for old in checkpoints(folder) if _step(old) <= step]
     for old in past[keep:]:
         try:
@@ -91,14 +112,24 @@ def load_checkpoint(
             file = read(path, lambda info: size_of(model))
             if file.info is None or "optimizer" not in file.info:
                 raise CheckpointError(f"{path} holds no state of an optimizer, so it is no checkpoint")
+            state = dict(file.info["metadata"])
+            if "history" in file.info:
+                state["history"] = _rows(path, file.info["history"])
         except (CheckpointError, OSError) as error:
             warnings.warn(f"skipping a checkpoint: {error}", RuntimeWarning, stacklevel=2)
             damaged.append(str(error))
             continue
         with memory_advice(model):
-            _resume(path, file, file.info, model, optimizer, check)
-        return dict(file.info["metadata"])
+            _resume(path, file, file.info, model, optimizer, state, check)
+        return state
     raise CheckpointError(f"{folder} holds no good checkpoint" + "".join(f"\n  {why}" for why in damaged))
+
+
+def _rows(path: Path, said: Mapping[str, Any]) -> list[dict[str, Any]]:
+    try:
+        return rows_of(path.parent, said)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} has lost its history: {error}") from error
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
@@ -108,8 +139,17 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(found, key=_step, reverse=True)
 
 
+def files_of(folder: str | os.PathLike[str]) -> list[Path]:
+    """All that a training has written to `folder` and that is there, but the lock; for whoever starts anew."""
+    others = (Path(folder) / name for name in (_BEST, JOURNAL))
+    return [*checkpoints(folder), *(path for path in others if path.is_symlink() or path.exists())]
+
+
 def stored_states(folder: str | os.PathLike[str], model: Any) -> Iterator[dict[str, Any]]:
-    """The states saved with the checkpoints in `folder` that can be read, the newest first; for a model like `model`."""
+    """The states, without the history, of the checkpoints in `folder` that can be read, the newest first.
+
+    model: like theirs.
+    """
     for path in checkpoints(folder):
         with suppress(CheckpointError, OSError):
             yield dict((read(path, lambda info: size_of(model)).info or {"metadata": {}})["metadata"])
@@ -125,6 +165,7 @@ def _resume(
     info: Mapping[str, Any],
     model: Any,
     optimizer: Any,
+    state: Mapping[str, Any],
     check: Callable[[dict[str, Any]], object] | None,
 ) -> None:
     """Check everything, and only then change the optimizer and the model."""
@@ -134,7 +175,7 @@ def _resume(
         raise CheckpointError(f"{path} describes no model: {told(error)}") from error
     if difference:
         raise CheckpointError(f"{path} is of another model: {difference}")
-    weights = match(path, file.weights, model)
+    weights, numbers = match(path, file.weights, model), match_numbers(path, info, model)
     parameters = {join(name, p): getattr(layer, p) for name, layer in leaves(model) for p in layer.parameters()}
     moments: dict[str, dict[str, Array]] = {}
     for name, x in file.moments.items():
@@ -151,9 +192,9 @@ def _resume(
     try:
         copy(optimizer).load_state_dict(rule)
         if check is not None:
-            check(dict(info["metadata"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+            check(dict(state))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} does not fit: {told(error)}") from error
     new = placed_all(weights)
     optimizer.load_state_dict(rule)
-    assign(new)
+    assign([*new, *numbers])

@@ -7,22 +7,31 @@ says in JSON which layers there are and which of them are one, and what the call
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..arrays.memory import explained_memory
 from ..arrays.selection import select_device
-from .architecture import architecture_of, built, described_size
+from .architecture import architecture_of, built, described_size, warn_of_what_is_not_kept
 from .atomic import atomic_write
+from .foreign import in_dtypes, renamed
 from .sealed import CheckpointError, as_json, read, seal, told
-from .tensors import CURE, assign, match, memory_advice, placed_all, size_of, weights_of
+from .tensors import CURE, assign, match, match_numbers, memory_advice, numbers_of, placed_all, size_of, weights_of
 
 
-def save_model(model: Any, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:
+def save_model(
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    repeat_shared: bool = True,
+) -> None:
     """Write the weights and the architecture of `model` to the `safetensors` file `path`, atomically.
 
     model: a layer or container. Layers of the caller's own classes are saved too; such a file is read with `into=`.
     metadata: what else to keep, for `read_metadata`: anything JSON can hold, such as `{"classes": ["cat", "dog"]}`.
+    repeat_shared: whether the tensors of a layer that stands at several positions are there under each of them, which
+    `load_state_dict(load_file(path))` of PyTorch needs, or only under the first, which `safetensors.torch.load_model` needs.
 
     Raises `TypeError` for metadata that JSON cannot hold, and `OSError` where the file cannot be written; a file that was
     there is intact then.
@@ -36,16 +45,31 @@ def save_model(model: Any, path: str | os.PathLike[str], *, metadata: Mapping[st
     >>> read_metadata(path)
     {'classes': ['cat', 'dog']}
     """
-    info = {"architecture": architecture_of(model), "metadata": as_json("metadata", {} if metadata is None else metadata)}
-    atomic_write(path, seal(path, weights_of(model), info))
+    kept = as_json("metadata", {} if metadata is None else metadata)
+    warn_of_what_is_not_kept(model)
+    info = {"architecture": architecture_of(model), "metadata": kept, **numbers_of(model)}
+    atomic_write(path, seal(path, weights_of(model, repeat_shared=repeat_shared), info))
 
 
-def load_model(path: str | os.PathLike[str], *, device: Any = None, into: Any = None) -> Any:
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    device: Any = None,
+    into: Any = None,
+    names: Mapping[str, str] | None = None,
+    cast: bool = False,
+    classes: Sequence[type] = (),
+) -> Any:
     """The model in a file of `save_model` or `save_checkpoint`, or `into` filled from any file with PyTorch's names.
 
     device: where the model shall be, a `Device` or what `select_device` takes; by default NumPy on the CPU.
-    into: a model that gets the weights, where it is; its parameters must have the names, shapes and dtypes of the file. So
-    files of `safetensors.torch.save_file(model.state_dict(), path)` are read, and layers of the caller's own classes filled.
+    into: a model that gets the weights, where it is; its parameters must have the names and shapes of the file. So files of
+    `safetensors.torch.save_file(module.state_dict(), path)` are read, and layers of the caller's own classes filled. The
+    numbered layers of a `torch.nn.Sequential` count in their order: modules without parameters shift nothing. A dtype that
+    holds every value of the file's is taken as well, so bfloat16 and float16 in float32.
+    names: how the file's layers or tensors are called in `into`, such as `{"fc1": "0", "fc2": "2"}`.
+    cast: whether the weights may be rounded to a narrower dtype of `into`.
+    classes: the caller's own classes of layers with a `config()`, which are built with it.
 
     Returns the new model, or `into`.
 
@@ -54,10 +78,14 @@ def load_model(path: str | os.PathLike[str], *, device: Any = None, into: Any = 
     if into is not None:
         if device is not None:
             raise ValueError("into has its device already; leave device out, or move the model with into.to(device)")
-        matching = match(path, read(path, lambda info: size_of(into)).weights, into)
+        file = read(path, lambda info: size_of(into))
+        weights = renamed(path, file.weights, names, into)
+        matching, numbers = match(path, in_dtypes(path, weights, into, cast), into), match_numbers(path, file.info, into)
         with memory_advice(into):
-            assign(placed_all(matching))
+            assign([*placed_all(matching), *numbers])
         return into
+    if names is not None or cast:
+        raise ValueError("names and cast are about a model that is there; give it: load_model(path, into=model, ...)")
 
     def described(info: dict[str, Any] | None) -> float:
         if info is None:
@@ -72,12 +100,13 @@ def load_model(path: str | os.PathLike[str], *, device: Any = None, into: Any = 
     assert file.info is not None
     try:
         with explained_memory(place, CURE):
-            model = built(file.info["architecture"], "", file.weights, place, {})
+            model = built(file.info["architecture"], "", file.weights, place, {}, {kind.__name__: kind for kind in classes})
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its model cannot be built on {place}: {told(error)}") from error
     match(path, file.weights, model)  # that nothing is left over, and that what is shared agrees
+    assign(match_numbers(path, file.info, model))
     return model
 
 

@@ -20,10 +20,11 @@ Host = np.ndarray[Any, Any]
 FORMAT = 1
 _KEY = "anyarray_linear"  # one entry in the file's metadata, as safetensors writes several in random order
 MOMENT = "optimizer/"  # how the names of an optimizer's tensors start
-_DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64"}
+_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_DTYPES = {**_FLOATS, "I32": "int32", "I64": "int64", "BOOL": "bool"}  # the states of layers may be of the latter
 # Parsing JSON takes many times its size. These bounds keep any header, however made, under some 120 MB and 2 s (measured;
 # the test of the largest headers does it again), and let the state of a run of 50,000 epochs pass.
-_MAX_HEADER = 16 << 20
+MAX_HEADER = 16 << 20
 _MAX_PARSED = 64 << 20
 _SLACK = 64 << 20  # bytes of tensors that are read in any case, to tell best what is wrong with them
 _PARSED_BYTES = {b"{": 200, b"[": 80, b",": 32, b":": 96}
@@ -33,8 +34,8 @@ class CheckpointError(ValueError):
     """A file is damaged, or does not fit; the message names it and says why."""
 
     def __init__(self, message: str) -> None:
-        # it may quote the file, which must not fill the terminal, nor send it commands
-        super().__init__("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message[:8000]))
+        # it may quote the file, which must not fill the terminal, nor send it commands; twice is as once, for pickles
+        super().__init__("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message[:8000])[:8000])
 
 
 class File(NamedTuple):
@@ -51,23 +52,21 @@ def seal(path: str | os.PathLike[str], tensors: Mapping[str, Host], info: Mappin
 
     content = {"format": FORMAT, "written_by": f"{_KEY} {__version__}", **info}
     content["sha256"] = _digest(content, tensors)
-    data: bytes = _safetensors().save(dict(tensors), metadata={_KEY: _dumped(content)})
+    data: bytes = _safetensors().save(dict(tensors), metadata={_KEY: dumped(content)})
     size = int.from_bytes(data[:8], "little")
-    reason = _excess(size, data[8 : 8 + size])
+    reason = excess(size, data[8 : 8 + size])
     if reason:
         raise ValueError(f"{path} is not written: {reason}; keep less in the metadata or state")
     return data
 
 
-def read(
-    path: str | os.PathLike[str], needed: Callable[[dict[str, Any] | None], float] = lambda info: math.inf
-) -> File:
+def read(path: str | os.PathLike[str], needed: Callable[[dict[str, Any] | None], float] = lambda info: math.inf) -> File:
     """The file's content, checked. Raises `CheckpointError` if damaged.
 
     needed: from the file's description, how many bytes of weights there should be. What has more than four times as many, as
     a checkpoint of any rule here does not, is refused unread; so time and memory are bounded by what is needed.
     """
-    library = _safetensors()
+    _safetensors()
     import json
 
     from safetensors import SafetensorError
@@ -79,9 +78,11 @@ def read(
         start = file.read(8)
         size = int.from_bytes(start, "little")
         if len(start) < 8 or size > status.st_size - 8:
+            if told_of_pytorch := _of_pytorch(path, start):
+                raise CheckpointError(told_of_pytorch)
             raise CheckpointError(f"{path} is damaged: it is cut short, or no safetensors file")
-        header = file.read(min(size, _MAX_HEADER))
-        reason = _excess(size, header)
+        header = file.read(min(size, MAX_HEADER))
+        reason = excess(size, header)
         if reason:
             raise CheckpointError(f"{path} is refused: {reason}")
         try:
@@ -100,7 +101,7 @@ def read(
             data = file.read()  # all of it again, as joining two parts would take as much memory once more
             if not data.startswith(start + header):
                 raise CheckpointError(f"{path} is damaged: it has changed while it was read")
-            tensors = dict(sorted(library.load(data).items()))  # its own order is random
+            tensors = {name: _tensor(entry) for name, entry in sorted(_entries(data))}  # its own order is random
             del data
             if info is not None:
                 _check_info(path, info, tensors)
@@ -115,6 +116,20 @@ def read(
     return File(info, {name: x for name, x in tensors.items() if not name.startswith(MOMENT)}, moments)
 
 
+def _entries(data: bytes) -> Any:
+    """Pairs of a tensor's name, and its dtype, shape and bytes; not yet arrays, since NumPy has none for bfloat16."""
+    import safetensors
+
+    return safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+
+
+def _tensor(entry: Mapping[str, Any]) -> Host:
+    """A tensor of a file; bfloat16, which NumPy does not have, in float32, of which it is the upper half."""
+    dtype = _DTYPES[entry["dtype"]]
+    x: Host = np.frombuffer(entry["data"], "uint16" if dtype == "bfloat16" else dtype).reshape(entry["shape"])
+    return (x.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else x
+
+
 def _check_info(path: str | os.PathLike[str], info: dict[str, Any], tensors: Mapping[str, Host]) -> None:
     if info["format"] != FORMAT:
         raise CheckpointError(
@@ -123,15 +138,35 @@ def _check_info(path: str | os.PathLike[str], info: dict[str, Any], tensors: Map
         )
     if info.pop("sha256") != _digest(info, tensors):
         raise ValueError("its content does not have the checksum that it was written with")
-    for name in ("architecture", "metadata", *({"optimizer"} & info.keys())):
+    for name in ("architecture", "metadata", *sorted({"optimizer", "history", "state"} & info.keys())):
         if not isinstance(info[name], dict):
             raise ValueError(f"its {name} is no JSON object")
 
 
-def _excess(size: int, header: bytes) -> str:
+def _of_pytorch(path: str | os.PathLike[str], start: bytes) -> str:
+    """What a file is, if by its first bytes it is one of `torch.save`, and the lines that convert it; else `""`."""
+    import zipfile
+
+    zipped = start.startswith(b"PK\x03\x04") and zipfile.is_zipfile(path)
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            zipped = any(name.endswith("data.pkl") for name in archive.namelist())
+    pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    if not zipped and not pickled:
+        return ""
+    target = os.path.splitext(os.fspath(path))[0] + ".safetensors"
+    what = "a file of torch.save" if zipped else "a pickle"
+    return (
+        f"{path} is {what}, which is code and is not read here. If you trust it, convert it where PyTorch is:\n"
+        f"  weights = torch.load({os.fspath(path)!r}, map_location='cpu', weights_only=True)\n"
+        f"  safetensors.torch.save_file({{name: W.clone() for name, W in weights.items()}}, {target!r})"
+    )
+
+
+def excess(size: int, header: bytes) -> str:
     """Why a header of `size` bytes is too large to be parsed, or `""`."""
-    if size > _MAX_HEADER:
-        return f"its header has {size:,} bytes, and the most is {_MAX_HEADER:,}"
+    if size > MAX_HEADER:
+        return f"its header has {size:,} bytes, and the most is {MAX_HEADER:,}"
     if sum(cost * header.count(mark) for mark, cost in _PARSED_BYTES.items()) > _MAX_PARSED:
         return f"its header, of {size:,} bytes, has too many entries"
     return ""
@@ -149,14 +184,14 @@ def _digest(info: Mapping[str, Any], tensors: Mapping[str, Host]) -> str:
     """The SHA-256 of all that a file says."""
     import hashlib
 
-    digest = hashlib.sha256(_dumped(info).encode())
+    digest = hashlib.sha256(dumped(info).encode())
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {x.dtype.name} {x.shape}\n".encode())
         digest.update(x.data)
     return digest.hexdigest()
 
 
-def _dumped(info: Mapping[str, Any]) -> str:
+def dumped(info: Mapping[str, Any]) -> str:
     import json
 
     return json.dumps(info, separators=(",", ":"))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,7 @@ def fit(
     which draws one, and at `resume` is the one that was drawn.
     callbacks: functions `f(model, row) -> bool | None`, called after each epoch; `True` stops.
     checkpoint: a folder that receives the state after each epoch, or after every `checkpoint_every` steps, and at the end.
+    The rows of the history are in its `epochs.jsonl`, each as it was when its epoch was first saved.
     resume: go on from the folder's newest good checkpoint, to exactly the result of a run that never stopped. Data, loss,
     optimizer and all that has to do with the steps must be as they were; only `epochs`, the device and `group` may change.
     skip_nonfinite: pass over up to this many steps whose loss or gradients are not finite.
@@ -122,40 +123,44 @@ def fit(
             rows, held_rows = split_rows(held_count, len(data), root)
             held = Data(data.X, data.y, device, dtype, held_rows)
         run = Run(model, data, rows, held, loss, optimizer, batch_size, root, skip_nonfinite, accumulate, group)
-        saver = Saver(checkpoint if group.rank == 0 else None, checkpoint_every, run)
-        if saver.folder is not None:
-            saver.begin(resume)
-        run.join(epochs)
-        with (
-            deferred_interrupts() as interrupted,
-            Progress(epochs, run.steps_per_epoch, progress and group.rank == 0) as bar,
-            np.errstate(over="ignore", invalid="ignore", divide="ignore"),  # judged by the guard, not warned about
-            device,  # current for layers, losses and callbacks of the user's own
-            saver,
-            memory_advice(device, batch_size),
-        ):
-            try:
-                while run.epoch < epochs and not run.stopped:
-                    for _ in run.steps(lambda: interrupted() or (stop is not None and stop.is_set())):
-                        bar.step(run.epoch, run.position // batch_size)
-                        if run.history.interrupted:
-                            break
-                        saver.after_step()
-                    if run.history.interrupted:
-                        break
-                    row = run.finish_epoch()
-                    bar.epoch(row)
-                    answers = [callback(model, row) for callback in callbacks]  # all, also when the first says stop
-                    run.settle(any(answers))
-                    saver.save()
-                if not run.history.interrupted:  # it may have come in the last epoch's validation or callbacks
-                    run.history.interrupted = any(group.exchange(interrupted() or (stop is not None and stop.is_set())))
-            except KeyboardInterrupt:  # raised by a callback, or where Ctrl-C could not be deferred
-                if group.size > 1:  # the others are elsewhere
-                    raise
-                run.history.interrupted = True
-            if run.history.interrupted:
-                run.judge()
-                if run.whole:
-                    saver.save()
+        with Saver(checkpoint if group.rank == 0 else None, checkpoint_every, resume, run) as saver:
+            run.join(epochs)
+            with (
+                deferred_interrupts() as interrupted,
+                Progress(epochs, run.steps_per_epoch, progress and group.rank == 0) as bar,
+                np.errstate(over="ignore", invalid="ignore", divide="ignore"),  # judged by the guard, not warned about
+                device,  # current for layers, losses and callbacks of the user's own
+                memory_advice(device, batch_size),
+            ):
+                _go_on(run, saver, bar, epochs, callbacks, lambda: interrupted() or (stop is not None and stop.is_set()))
     return run.history
+
+
+def _go_on(
+    run: Run, saver: Saver, bar: Progress, epochs: int, callbacks: Sequence[Callback], wants_stop: Callable[[], bool]
+) -> None:
+    """Train from where `run` is to the end of the epochs, or until somebody wants it to stop."""
+    try:
+        while run.epoch < epochs and not run.stopped:
+            for _ in run.steps(wants_stop):
+                bar.step(run.epoch, run.position // run.batch_size)
+                if run.history.interrupted:
+                    break
+                saver.after_step()
+            if run.history.interrupted:
+                break
+            row = run.finish_epoch()
+            bar.epoch(row)
+            answers = [callback(run.model, row) for callback in callbacks]  # all, also when the first says stop
+            run.settle(any(answers))
+            saver.save()
+        if not run.history.interrupted:  # it may have come in the last epoch's validation or callbacks
+            run.history.interrupted = any(run.group.exchange(wants_stop()))
+    except KeyboardInterrupt:  # raised by a callback, or where Ctrl-C could not be deferred
+        if run.group.size > 1:  # the others are elsewhere
+            raise
+        run.history.interrupted = True
+    if run.history.interrupted:
+        run.judge()
+        if run.whole:
+            saver.save()

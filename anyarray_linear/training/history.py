@@ -27,9 +27,10 @@ class NonFiniteError(FloatingPointError):
     step: the step, counted from 1 over the whole training. history: the `History` up to there.
     """
 
-    def __init__(self, message: str, step: int, history: History) -> None:
+    # what has a default is restored from a pickle, or a copy, as the attribute that it is
+    def __init__(self, message: str, step: int = 0, history: History | None = None) -> None:
         super().__init__(message)
-        self.step, self.history = step, history
+        self.step, self.history = step, History() if history is None else history
 
 
 @dataclass

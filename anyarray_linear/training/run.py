@@ -89,7 +89,8 @@ class Run:
         )
         self.group.claim(self.data.device)
         first = self.group.rank == 0
-        sent = self.group.exchange((snapshot(self.model, self.optimizer), self.state()) if first else None)[0]
+        own = (snapshot(self.model, self.optimizer), {**self.state(), "history": self.history.rows}) if first else None
+        sent = self.group.exchange(own)[0]
         if not first:
             adopt(self.model, self.optimizer, sent[0])
             self.restore(sent[1])
@@ -228,7 +229,7 @@ class Run:
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside weights and optimizer, as JSON."""
+        """What a checkpoint keeps beside weights, optimizer and the rows of the history, as JSON."""
         total, rows, bad, _ = self.guard.read()
         last = max(0, self.optimizer.steps - 1)
         return {
@@ -240,7 +241,6 @@ class Run:
             "optimizer": [self.given, shown(self.optimizer)],
             "lr": [last, self.optimizer.learning_rate(last)],
             "guard": {"total": total, "rows": rows, "bad": bad},
-            "history": self.history.rows,
             "best": self.best,
             "stopped": self.stopped,
         }

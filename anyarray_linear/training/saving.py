@@ -3,50 +3,53 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..files.checkpoints import checkpoints, load_checkpoint, save_checkpoint, stored_states
+from ..files.journal import Journal
 from ..files.locks import locked
 from .run import Run
 
 
 class Saver:
-    """Writes checkpoints of a run at the right moments; does nothing without a folder."""
+    """A context that writes checkpoints of a run at the right moments; does nothing without a folder.
 
-    def __init__(self, folder: str | os.PathLike[str] | None, every: int | None, run: Run) -> None:
-        self.folder, self.every, self.run = folder, every, run
-        self._lock: Any = None
+    Entering it locks the folder, and with `resume` loads its newest good checkpoint.
+    """
 
-    def begin(self, resume: bool) -> None:
-        """Lock the folder, and load its newest good checkpoint if asked to."""
-        assert self.folder is not None
-        self._lock = locked(self.folder)
-        self._lock.__enter__()
-        try:
+    def __init__(self, folder: str | os.PathLike[str] | None, every: int | None, resume: bool, run: Run) -> None:
+        # found once: a callback may go to another folder, which checkpoints must not follow
+        self.folder = None if folder is None else Path(os.path.realpath(folder))
+        self.every, self.resume, self.run = every, resume, run
+        self._kept = ExitStack()
+
+    def __enter__(self) -> Saver:
+        if self.folder is None:
+            return self
+        with ExitStack() as kept:
+            kept.enter_context(locked(self.folder))
+            kept.enter_context(_alone_in(self.folder))
             found = checkpoints(self.folder)
-            if found and not resume:
+            if found and not self.resume:
                 raise ValueError(
-                    f"{os.fspath(self.folder)} holds checkpoints of a training already; go on with it by resume=True, "
+                    f"{self.folder} holds checkpoints of a training already; go on with it by resume=True, "
                     "or give another folder"
                 )
             if found:
                 run = self.run
                 state = load_checkpoint(self.folder, run.model, run.optimizer, check=run.check)
                 run.restore(state)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __enter__(self) -> Saver:
+            self._journal = Journal(self.folder, self.run.history.rows)
+            self._kept = kept.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._lock is not None:
-            self._lock.__exit__(None, None, None)
-            self._lock = None
+        self._kept.close()
 
     def after_step(self) -> None:
         """Save if it is this step's turn."""
@@ -59,8 +62,30 @@ class Saver:
             return
         run = self.run
         if not run.guard.read()[-1] and not run.overflowed():
-            save_checkpoint(self.folder, run.model, run.optimizer, state=run.state(), best=run.is_best)
+            history = self._journal.keep(run.history.rows)
+            save_checkpoint(
+                self.folder, run.model, run.optimizer, state=run.state(), best=run.is_best, history=history
+            )
             run.is_best = False
+
+
+_trained_into: set[tuple[int, Path]] = set()  # by the number of the process, as a fork has its parent's
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """A context that raises `ValueError` inside itself: the lock does not keep out a callback, whose thread has it."""
+    key = os.getpid(), folder
+    if key in _trained_into:
+        raise ValueError(
+            f"{folder} has the checkpoints of a training that is going on, so a callback cannot train into it; "
+            "give another folder"
+        )
+    _trained_into.add(key)
+    try:
+        yield
+    finally:
+        _trained_into.discard(key)
 
 
 def stored_seed(folder: str | os.PathLike[str], model: Any) -> Any:

@@ -15,20 +15,27 @@ from .kernels import THREADS, TYPES, blocks, by_value, contiguous, kernel
 _SIGMOID = "const A E = exp(-abs(x)), S = (x >= A(0) ? A(1) : E) / (A(1) + E);"
 _TANH = "const A a = A(0.7978845608028654), c = A(0.044715);"
 
+_PHI = "(A(0.5) * erfc(-x * A(0.7071067811865476)))"
+
 # Z = f(X), and dX = dZ f'(X), of one element: x and g, and z where the derivative is written in terms of the output
-_FORWARD: dict[type, str] = {
+_FORWARD: dict[Any, str] = {
     ReLU: "z = x < A(0) ? A(0) : x;",  # a NaN stays one
     Tanh: "z = tanh(x);",
     Sigmoid: f"{_SIGMOID} z = S;",
     SiLU: f"{_SIGMOID} z = x * S;",
-    GELU: f"{_TANH} z = A(0.5) * x * (A(1) + tanh(a * x * (A(1) + c * (x * x))));",
+    GELU: f"z = x * {_PHI};",
+    "tanh": f"{_TANH} z = A(0.5) * x * (A(1) + tanh(a * x * (A(1) + c * (x * x))));",
 }
-_BACKWARD: dict[type, str] = {
+_BACKWARD: dict[Any, str] = {
     ReLU: "dx = x <= A(0) ? A(0) : g;",
     Tanh: "dx = g * (A(1) - x * x);",
     Sigmoid: "dx = g * x * (A(1) - x);",
     SiLU: f"{_SIGMOID} dx = g * S * (A(1) + x * (A(1) - S));",
-    GELU: _TANH + """
+    GELU: f"""
+        const A near = max(min(x, A(40)), A(-40));  // phi is 0 from there on; a NaN is one in erfc too
+        dx = g * ({_PHI} + near * (A(0.3989422804014327) * exp(A(-0.5) * near * near)));
+    """,
+    "tanh": _TANH + """
         const A xx = x * x, s = xx > A(256) ? A(256) : xx;  // as in the portable definition
         const A t = tanh(a * x * (A(1) + c * s)), du = a * (A(1) + A(3) * c * s);
         dx = g * A(0.5) * (A(1) + t + x * (A(1) - t * t) * du);
@@ -105,7 +112,12 @@ def _bias(kind: Any, dtype: str) -> Any:
 
 def is_known(layer: Any) -> bool:
     """Whether there are kernels for this activation: for its very type, since a subclass may have a formula of its own."""
-    return type(layer) in _FORWARD and (type(layer) is not GELU or layer.approximate == "tanh")
+    return type(layer) in _FORWARD
+
+
+def _form(layer: Any) -> Any:
+    """What the kernels of a known activation are found by: its class, or the name of its other form."""
+    return "tanh" if type(layer) is GELU and layer.approximate == "tanh" else type(layer)
 
 
 def activation(xp: Namespace, layer: Any, X: Array) -> Array:
@@ -115,8 +127,7 @@ def activation(xp: Namespace, layer: Any, X: Array) -> Array:
     X = contiguous(X)
     Z, size = cupy.ndarray(X.shape, X.dtype), X.size
     if size:
-        kind: Any = type(layer)
-        _forward(kind, X.dtype.char)((blocks(size),), (THREADS,), (X, Z, size))
+        _forward(_form(layer), X.dtype.char)((blocks(size),), (THREADS,), (X, Z, size))
     return Z
 
 
@@ -127,8 +138,7 @@ def activation_gradient(xp: Namespace, layer: Any, dZ: Array, kept: Array) -> Ar
     dZ, kept = contiguous(dZ), contiguous(kept)
     dX, size = cupy.ndarray(dZ.shape, dZ.dtype), dZ.size
     if size:
-        kind: Any = type(layer)
-        _backward(kind, dZ.dtype.char)((blocks(size),), (THREADS,), (dZ, kept, dX, size))
+        _backward(_form(layer), dZ.dtype.char)((blocks(size),), (THREADS,), (dZ, kept, dX, size))
     return dX
 
 
@@ -146,7 +156,7 @@ def add_bias(Z: Array, b: Array, layer: Any = None) -> Array:
     if Z.size:
         out = Z if layer is None or layer._kept == "Z" else cupy.ndarray(Z.shape, Z.dtype)
         grid, sizes = _sizes(Z.size, Z.shape[1])
-        kind: Any = None if layer is None else type(layer)
+        kind = None if layer is None else _form(layer)
         _bias(kind, Z.dtype.char)(grid, (THREADS,), (Z, contiguous(b), out, sizes))
         return out
     return Z

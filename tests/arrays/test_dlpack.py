@@ -86,10 +86,10 @@ def test_a_layer_works_on_shared_memory(backend):
     assert backend.to_numpy(Z).tolist() == [3, 7]
 
 
+@pytest.mark.stand_in
+@pytest.mark.parametrize("backend", ["cupy:0", "cupy:1"], indirect=True)
 def test_on_one_card_nothing_goes_by_way_of_the_host(backend):
-    if not backend.name.startswith("cupy"):
-        pytest.skip("this is about CUDA devices")
-    counters = pytest.importorskip("cupy_backends.cpu_counters", reason="only the stand-in counts copies")
+    from cupy_backends import cpu_counters as counters
 
     class Foreign(Exchanged):  # an array of the standard, of another library, on the same card; torch's are such
         dtype, ndim, shape = property(lambda self: self.x.dtype), 1, (3,)

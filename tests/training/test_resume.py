@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from test_checkpoint import resealed
+from tampered import resealed
 from test_equivalence import Training
 
 from anyarray_linear import (
@@ -472,7 +473,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="a victim is for
 
 NURSERY = """
 import os, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import safetensors.numpy
 import test_resume as t
 for _ in sys.stdin:  # a new victim for each line, whose imports are done
@@ -499,7 +500,7 @@ def killed_at_random(tmp_path, kills, epochs):
     reached = []
     whole = network()
     history = train(whole, OPTIMIZERS["adamw"](), epochs=epochs)
-    code = NURSERY.format(tests=os.path.dirname(__file__), folder=str(tmp_path), epochs=epochs)
+    code = NURSERY.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])], folder=str(tmp_path), epochs=epochs)
     nursery = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with nursery:
         assert nursery.stdin is not None

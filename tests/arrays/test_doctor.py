@@ -120,7 +120,7 @@ def elsewhere(code: str, *launcher: str, **environment: str) -> str:
     """What this code prints in a process of its own, in an environment with these variables."""
     code = "from anyarray_linear import *\nfrom anyarray_linear.arrays import cards, doctor\n" + textwrap.dedent(code)
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("ANYARRAY_", "CUDA_"))}
-    paths = [str(Path(doctor.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(doctor.__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [*launcher, sys.executable, "-c", code],
         env=variables | {"PYTHONPATH": os.pathsep.join(paths)} | environment,

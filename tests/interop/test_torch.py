@@ -73,6 +73,145 @@ def test_a_model_of_pytorch_is_loaded_and_saved_back_bit_for_bit(tmp_path, dtype
     assert all(x.abs().sum() == 0 for x in zeros.parameters()), "the arrays of the caller were written to"
 
 
+def stored(folder, module):
+    """A file of the module's weights as users of PyTorch write it."""
+    from safetensors.torch import save_file
+
+    save_file({name: x.clone() for name, x in module.state_dict().items()}, folder / "theirs")
+    return folder / "theirs"
+
+
+@pytest.mark.parametrize("wide", ["float32", "float64"])
+@pytest.mark.parametrize("narrow", ["bfloat16", "float16"])
+def test_half_precision_is_exact_in_a_wider_model(tmp_path, narrow, wide):
+    theirs = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.ReLU(), torch.nn.Linear(30, 5)).to(getattr(torch, narrow))
+    special = torch.tensor([torch.inf, -torch.inf, -0.0, torch.finfo(getattr(torch, narrow)).smallest_normal / 2], dtype=theirs[0].weight.dtype)
+    theirs[0].weight.data[0, :4] = special
+    ours = load_model(stored(tmp_path, theirs), into=Sequential(Linear(40, 30, dtype=wide), ReLU(), Linear(30, 5, dtype=wide)))
+    for i in (0, 2):
+        assert ours[i].W.dtype == wide
+        expected = theirs[i].weight.detach().to(getattr(torch, wide)).numpy()
+        assert ours[i].W.tobytes() == expected.tobytes()
+        assert ours[i].b.tobytes() == theirs[i].bias.detach().to(getattr(torch, wide)).numpy().tobytes()
+
+
+def test_weights_are_rounded_only_if_that_is_asked_for(tmp_path):
+    theirs = torch.nn.Sequential(torch.nn.Linear(4, 3)).double()
+    ours = Sequential(Linear(4, 3, dtype="float32", seed=1))
+    before = ours[0].W.copy()
+    path = stored(tmp_path, theirs)
+    with pytest.raises(ValueError, match=r"0.bias is float64 in the file, but the model is float32, which would round it; .*cast=True"):
+        load_model(path, into=ours)
+    np.testing.assert_array_equal(ours[0].W, before)
+    load_model(path, into=ours, cast=True)
+    np.testing.assert_array_equal(ours[0].W, theirs[0].weight.detach().float().numpy())
+    theirs[0].weight.data[1, 2] = -1e300
+    with pytest.raises(ValueError, match=r"0.weight has values up to 1e\+300, which float32 does not hold"):
+        load_model(stored(tmp_path, theirs), into=ours, cast=True)
+
+
+class Named(torch.nn.Module):
+    """A network as people write them."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.fc1, self.fc2, self.fc10 = torch.nn.Dropout(), torch.nn.Linear(4, 6), torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        self.head = torch.nn.ModuleDict({"out": torch.nn.Linear(6, 2)})
+
+    def forward(self, X):
+        for layer in (self.fc1, self.fc2, self.fc10):
+            X = torch.relu(layer(X))
+        return self.head["out"](X)
+
+
+def test_names_say_what_is_what_and_are_suggested_by_the_shapes(tmp_path):
+    theirs = Named()
+    path = stored(tmp_path, theirs)
+    ours = Sequential(Linear(4, 6), ReLU(), Linear(6, 6), ReLU(), Linear(6, 6), ReLU(), Linear(6, 2)).to(dtype="float32")
+    with pytest.raises(ValueError, match="by their shapes it could be") as error:
+        load_model(path, into=ours)
+    names = {"fc1": "0", "fc2": "2", "fc10": "4", "head.out": "6"}
+    assert str(names) in str(error.value)
+    load_model(path, into=ours, names=names)
+    X = torch.randn(5, 4)
+    torch.testing.assert_close(torch.from_numpy(ours(X.numpy())), theirs(X).detach())
+    with pytest.raises(ValueError, match=r"has no fc3, which names has, only fc1\.bias"):
+        load_model(path, into=ours, names={**names, "fc3": "8"})
+    with pytest.raises(ValueError, match=r"by names, two tensors of the file are 0\.bias"):
+        load_model(path, into=ours, names={**names, "fc2": "0"})
+    with pytest.raises(ValueError, match=r"but the model has 0\.weight, 0\.bias$"):  # and nothing is suggested
+        load_model(path, into=Sequential(Linear(4, 6, dtype="float32")))
+    with pytest.raises(ValueError, match="names and cast are about a model that is there"):
+        load_model(path, names=names)
+
+
+def test_a_single_layer_has_names_too(tmp_path):
+    theirs = torch.nn.Linear(3, 2)
+    ours = Sequential(Linear(3, 2, dtype="float32"))
+    load_model(stored(tmp_path, theirs), into=ours, names={"": "0"})
+    np.testing.assert_array_equal(ours[0].W, theirs.weight.detach().numpy())
+    bare = Linear(3, 2, dtype="float32")
+    load_model(stored(tmp_path, torch.nn.Sequential(theirs)), into=bare, names={"0": ""})
+    load_model(stored(tmp_path, torch.nn.Sequential(theirs)), into=bare, names={"0.weight": "weight", "0.bias": "bias"})
+    np.testing.assert_array_equal(bare.b[0], theirs.bias.detach().numpy())
+
+
+def test_modules_without_parameters_do_not_shift_what_is_found(tmp_path):
+    nn = torch.nn
+    inner = nn.Sequential(nn.Dropout(), nn.Linear(5, 5))
+    theirs = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Dropout(0.2), inner, nn.Identity(), nn.Linear(5, 5), nn.Softmax(-1))
+    for _ in range(4):  # then the last has the number 12, which comes after 4 and not before
+        theirs.insert(5, nn.Identity())
+    ours = Sequential(Linear(4, 5), ReLU(), Sequential(Linear(5, 5), Linear(5, 5))).to(dtype="float32")
+    load_model(stored(tmp_path, theirs), into=ours)
+    linear = [module for module in theirs.modules() if isinstance(module, nn.Linear)]
+    for layer, module in zip((ours[0], ours[2][0], ours[2][1]), linear, strict=True):
+        np.testing.assert_array_equal(layer.W, module.weight.detach().numpy())
+    with pytest.raises(ValueError, match=r"has 10.bias, 10.weight, 4.1.bias, 4.1.weight, but the model has"):
+        load_model(tmp_path / "theirs", into=Sequential(Linear(4, 5), Linear(5, 7), Linear(7, 5)).to(dtype="float32"))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_of_pytorch_is_not_read_and_the_lines_that_convert_it_work(tmp_path, legacy):
+    import safetensors.torch
+
+    theirs = network()
+    torch.save(theirs.state_dict(), tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"m.pt is a .*, which is code and is not read here") as error:
+        load_model(tmp_path / "m.pt", into=wrapped(network(), {}))
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert len(lines) == 2
+    exec("\n".join(lines), {"torch": torch, "safetensors": safetensors})
+    ours = load_model(tmp_path / "m.safetensors", into=wrapped(network(), {}))
+    assert ours[0].W.equal(theirs[0].weight)
+    np.savez(tmp_path / "n.npz", W=np.ones(3))
+    with pytest.raises(ValueError, match=r"n.npz is damaged: it is cut short, or no safetensors file"):
+        load_model(tmp_path / "n.npz")
+
+
+def test_a_shared_layer_is_taken_by_both_ways_that_pytorch_has_of_reading(tmp_path):
+    import safetensors.torch
+
+    ours = wrapped(network(), {})
+    save_model(ours, tmp_path / "repeated")
+    save_model(ours, tmp_path / "once", repeat_shared=False)
+    theirs = network()
+    for x in theirs.parameters():
+        x.data.zero_()
+    theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "repeated"), strict=True)
+    assert theirs[4].weight.equal(ours[4].W)
+    theirs[4].weight.data.zero_()
+    assert safetensors.torch.load_model(theirs, tmp_path / "once") == (set(), [])
+    assert theirs[4].weight.equal(ours[4].W)
+    safetensors.torch.save_model(theirs, tmp_path / "theirs")
+    for name in ("once", "repeated", "theirs"):
+        again = load_model(tmp_path / name, into=wrapped(network(), {}))
+        assert again[4] is again[0]
+        assert again[0].W.equal(ours[0].W)
+    built = load_model(tmp_path / "once")
+    assert built[4] is built[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensors
 

@@ -32,7 +32,7 @@ from anyarray_linear.files.checkpoints import checkpoints
 from anyarray_linear.files.models import read_metadata
 from anyarray_linear.testing import usable_devices
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = {"config.json", "model.safetensors", "history.jsonl", "curves.png", "report.html", "summary.json"}
 COMMANDS = ("train", "predict", "export", "devices", "verify", "explain")
 SMALL = ("--hidden", "16", "--device", "cpu")

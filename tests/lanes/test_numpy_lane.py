@@ -92,7 +92,7 @@ print(os.waitpid(child, 0)[1])
 """
     # since Python 3.12, fork warns of threads: there are some here on purpose
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))}
     assert subprocess.check_output(command, env=environment, text=True, timeout=120).strip() == "0"
 
 

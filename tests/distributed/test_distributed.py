@@ -37,7 +37,7 @@ from anyarray_linear.files.checkpoints import checkpoints
 from anyarray_linear.initializers import layer_seed
 from anyarray_linear.training.data import epoch_order
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
 ENVIRONMENT = {
     **os.environ,
@@ -57,14 +57,12 @@ TOGETHER = [
 BOUND = 120.0  # seconds in which every job must have ended that loses a rank; they take 1 to 8
 PATIENCE = 600.0  # for jobs that only have to come to their end
 
+pytestmark = pytest.mark.timeout(1800)  # beyond the patience of the tests themselves, who say more when it ends
+
 needs_mpi = pytest.mark.skipif(
     MPIEXEC is None or importlib.util.find_spec("mpi4py") is None, reason="there is no mpi4py, or no mpiexec"
 )
-on_stand_in = pytest.mark.skipif(
-    importlib.util.find_spec("cupy_backends") is None
-    or importlib.util.find_spec("cupy_backends.cpu_counters") is None,
-    reason="the CPU stand-in for CUDA is not here",
-)
+on_stand_in = pytest.mark.stand_in
 
 
 def started(size, *command, launcher="", options=(), **environment):
