@@ -203,7 +203,7 @@ def test_products_that_are_cut_for_threads(dtype, monkeypatch):
     monkeypatch.setattr(program, "WORTH_CUTTING", 1)
     monkeypatch.setattr(program, "ROWS", 64)
     monkeypatch.setattr(program, "CHUNK", 64)
-    monkeypatch.setattr(steps, "cores", lambda: 4)
+    monkeypatch.setattr(steps, "usable_cores", lambda: {0, 1, 2, 3})
     monkeypatch.setattr(products.alone, "cores", lambda library: 4)
     step = step_of((70, 130, 40), Tanh, dtype=dtype)
     step.activation = Tanh

@@ -1,8 +1,8 @@
 """The compiled lane of NumPy arrays: a whole training step as machine code, made by numba once per machine.
 
 `steps` says when it is taken, `program` makes a table of operations of a model, and `source.engine` works through it:
-products by the BLAS of NumPy (`blas`), all else by `source.kernels`, on threads of its own (`threads`). `building` compiles,
-keeps and loads.
+products by the BLAS of NumPy (`blas`), all else by the other modules of `source`, on threads of its own (`threads`).
+`building` compiles, keeps and loads.
 """
 
 from __future__ import annotations

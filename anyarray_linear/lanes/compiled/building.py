@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _lock = threading.Lock()
-SOURCES = "building", "layout", "source/machine", "source/elementary", "source/kernels", "source/engine"
 LIBRARY = {"memset", "memcpy", "memmove", "log", "logf", "log1p", "log1pf", "sqrt", "sqrtf", "exp", "expf"}
 """The functions of the C library that compiled code may call."""
 
@@ -85,8 +84,8 @@ def _features(llvm: Any) -> str:
 def _key(llvm: Any) -> str:
     """What the code was made of, and for what."""
     here, found = Path(__file__).parent, hashlib.sha256()
-    for name in SOURCES:
-        found.update((here / f"{name}.py").read_bytes())
+    for path in (here / "building.py", here / "layout.py", *sorted((here / "source").glob("*.py"))):
+        found.update(path.read_bytes())
     for name in ("numba", "llvmlite"):
         spec = PathFinder.find_spec(name)
         origin = Path(spec.origin if spec and spec.origin else "")

@@ -12,18 +12,7 @@ from math import fabs
 from numba import njit, types
 from numba.extending import overload
 
-from .machine import bits, either, from_bits, number
-
-BARE = {
-    "error_model": "numpy",  # no division by zero is looked for
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-}
-OPTIONS = {
-    **BARE,
-    "fastmath": {"contract"},  # a product and a sum in one rounding; nothing that changes what NaN and infinity do
-    "forceinline": True,  # a loop that calls is not made of vector instructions
-}
+from .machine import FLOAT64, INLINE, SUMS, bits, either, from_bits, number
 
 
 def decay(x):
@@ -31,7 +20,7 @@ def decay(x):
     raise NotImplementedError
 
 
-@overload(decay, jit_options=OPTIONS)
+@overload(decay, jit_options=INLINE)
 def _decay(x):
     if x == types.float32:
 
@@ -76,7 +65,7 @@ def tanh(x):
     raise NotImplementedError
 
 
-@overload(tanh, jit_options=OPTIONS)
+@overload(tanh, jit_options=INLINE)
 def _tanh(x):
     if x == types.float32:
 
@@ -110,7 +99,7 @@ def _tanh(x):
     return double
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def sigmoid(x):
     """`1 / (1 + exp(-x))`, by way of `exp(-|x|)`, which cannot overflow."""
     one = number(x, 1.0)
@@ -118,7 +107,7 @@ def sigmoid(x):
     return either(x >= number(x, 0.0), one, e) / (one + e)
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def normal_cdf(x):
     """`Phi(x) = (1 + erf(x / sqrt 2)) / 2`; nothing cancels for negative `x`."""
     one, half = number(x, 1.0), number(x, 0.5)
@@ -154,3 +143,25 @@ def normal_cdf(x):
     tail = half * decay(-(y * y)) * (p / q)  # beyond y = 4 of less relative, but no less absolute accuracy
     far = either(x < number(x, 0.0), tail, one - tail)
     return either(a < number(x, 0.46875), near, far)
+
+
+@njit(**INLINE)
+def wide(x):
+    """In float64: numba's `float` leaves a float32 number what it is."""
+    return number(FLOAT64, x)
+
+
+@njit(**SUMS)
+def total_of(x, count, zero):
+    s = zero
+    for j in range(count):
+        s += x[j]
+    return s
+
+
+@njit(**SUMS)
+def squares(x, count):
+    s = 0.0
+    for j in range(count):
+        s += wide(x[j]) * wide(x[j])
+    return s

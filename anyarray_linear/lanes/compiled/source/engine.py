@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import numpy as np
 from numba import njit
 
 from .. import layout as at
-from . import kernels
-from .elementary import BARE
-from .machine import atomic_add, atomic_load, atomic_store, call, flush_denormals, pointer, relax, restore_denormals
+from . import activations, layers, losses, updates
+from .machine import (
+    INT64,
+    PLAIN,
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    call,
+    flush_denormals,
+    pointer,
+    relax,
+    restore_denormals,
+)
 
-INT64 = np.int64(0)
 SPINS = 1000  # a wait within a step is a few microseconds; after so many looks, others may have the core
-PLAIN = BARE
 
 
 @njit(**PLAIN)
@@ -20,25 +27,25 @@ def tile_of(op, c, tile, like):
     """Compute one tile."""
     code = op[at.CODE]
     if code == at.FORWARD:
-        kernels.forward(op, c, tile, like)
+        layers.forward(op, c, tile, like)
     elif code == at.WEIGHT_GRADIENT:
-        kernels.weight_gradient(op, c, tile, like)
+        layers.weight_gradient(op, c, tile, like)
     elif code == at.INPUT_GRADIENT:
-        kernels.input_gradient(op, c, tile, like)
+        layers.input_gradient(op, c, tile, like)
     elif code == at.UPDATE:
-        kernels.update(op, c, tile, like)
+        updates.update(op, c, tile, like)
     elif code == at.LOSS:
-        kernels.loss(op, c, tile, like)
+        losses.loss(op, c, tile, like)
     elif code == at.JUDGE:
-        kernels.judge(op, c, like)
+        updates.judge(op, c, like)
     elif code == at.LOOK:
-        kernels.look(op, tile, like)
+        updates.look(op, tile, like)
     elif code == at.ACTIVATION:
-        kernels.activation(op, c, tile, like)
+        activations.activation(op, c, tile, like)
     elif code == at.ACTIVATION_GRADIENT:
-        kernels.activation_gradient(op, tile, like)
+        activations.activation_gradient(op, tile, like)
     elif code == at.TAKE:
-        kernels.take(op, c, tile, like)
+        layers.take(op, c, tile, like)
 
 
 @njit(**PLAIN)

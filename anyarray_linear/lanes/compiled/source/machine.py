@@ -5,10 +5,23 @@ numba compiles these into single instructions.
 
 from __future__ import annotations
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+BARE = {
+    "error_model": "numpy",  # no division by zero is looked for
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+PLAIN = {**BARE, "fastmath": {"contract"}}  # a product and a sum in one rounding; NaN and infinity do what they always do
+INLINE = {**PLAIN, "forceinline": True}  # a loop that calls is not made of vector instructions
+SUMS = {**BARE, "fastmath": {"contract", "reassoc"}}  # sums in vectors: the same order each time
+"""How the functions here are compiled."""
+
+FLOAT64, INT64 = np.float64(0), np.int64(0)
 
 _i8, _i32, _i64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
