@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .building import Unavailable
+from .building import Declined
 
 # (function, whether its integers have 64 bits); numpy's wheels, other 64-bit builds, the usual 32-bit ones
 _NAMES = (
@@ -76,12 +76,12 @@ def _own() -> Blas:
                 put.restype = None
                 return Blas("NumPy's OpenBLAS", single, double, wide, 0, get, put)
         return Blas("NumPy's BLAS", single, double, wide, 0, lambda: 1, None)
-    raise Unavailable("NumPy's BLAS has no cblas_sgemm that can be called from here")
+    raise Declined("NumPy's BLAS has no cblas_sgemm that can be called from here")
 
 
 @functools.cache
 def blas() -> Blas:
-    """The library that products are taken from. Raises `Unavailable`."""
+    """The library that products are taken from. Raises `Declined`."""
     return _mkl() or _own()
 
 

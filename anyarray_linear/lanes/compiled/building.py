@@ -24,8 +24,8 @@ LIBRARY = {"memset", "memcpy", "memmove", "log", "logf", "log1p", "log1pf", "sqr
 """The functions of the C library that compiled code may call."""
 
 
-class Unavailable(Exception):
-    """Why there is no compiled code here; the text is for `TrainingStep.how`."""
+class Declined(Exception):
+    """Why something is not compiled here; the text is for `TrainingStep.how`."""
 
 
 class Code(NamedTuple):
@@ -40,19 +40,19 @@ class Code(NamedTuple):
 
 @functools.cache
 def code_for(dtype: str) -> Code:
-    """The compiled functions for `"float32"` or `"float64"`. Raises `Unavailable`."""
+    """The compiled functions for `"float32"` or `"float64"`. Raises `Declined`."""
     with _lock:
         try:
             return _code_for(dtype)
-        except Unavailable:
+        except Declined:
             raise
         except Exception as error:  # whatever goes wrong in there, training goes on without it
-            raise Unavailable(f"compiling failed: {type(error).__name__}: {error}"[:200]) from error
+            raise Declined(f"compiling failed: {type(error).__name__}: {error}"[:200]) from error
 
 
 def _code_for(dtype: str) -> Code:
     if not all(PathFinder.find_spec(name) for name in ("numba", "llvmlite")):
-        raise Unavailable('numba is not installed (pip install "anyarray_linear[fast]")')
+        raise Declined('numba is not installed (pip install "anyarray_linear[fast]")')
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
@@ -167,7 +167,7 @@ def _compiled(llvm: Any, dtype: str) -> bytes:
     module.verify()
     unknown = [f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")]
     if not LIBRARY.issuperset(unknown):  # whatever it is, it cannot be loaded without numba
-        raise Unavailable(f"this numba's code calls {', '.join(unknown)}")
+        raise Declined(f"this numba's code calls {', '.join(unknown)}")
     return bytes(_target(llvm).emit_object(module))
 
 

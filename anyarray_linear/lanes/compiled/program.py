@@ -19,6 +19,7 @@ from ...optimizers import SGD, Adam, AdamW
 from ...sequential import Sequential
 from . import layout as at
 from .blas import Blas
+from .building import Declined
 
 Host = np.ndarray[Any, Any]
 
@@ -37,10 +38,6 @@ interface since its beginning. Read by compiled code, it costs nothing; `ndarray
 
 _ACTIVATIONS = {ReLU: at.RELU, Tanh: at.TANH, Sigmoid: at.SIGMOID, SiLU: at.SILU}
 _KEEPS_OUTPUT = at.NONE, at.RELU, at.TANH, at.SIGMOID
-
-
-class Unsupported(Exception):
-    """What there is no compiled code for; the text is for `TrainingStep.how`."""
 
 
 def layers_of(model: Any) -> list[Any]:
@@ -75,7 +72,7 @@ class Stage(NamedTuple):
 
 
 def stages_of(model: Any, width: int) -> list[Stage]:
-    """The stages of a model for inputs of so many features. Raises `Unsupported`."""
+    """The stages of a model for inputs of so many features. Raises `Declined`."""
     stages: list[Stage] = []
     for layer in layers_of(model):
         kind = kind_of(layer)
@@ -83,34 +80,34 @@ def stages_of(model: Any, width: int) -> list[Stage]:
             stages.append(Stage(layer, at.NONE, width, layer.out_features))
             width = layer.out_features
         elif kind is None:
-            raise Unsupported(f"{type(layer).__name__} is not compiled")
+            raise Declined(f"{type(layer).__name__} is not compiled")
         elif stages and stages[-1].layer is not None and stages[-1].kind == at.NONE:
             stages[-1] = stages[-1]._replace(kind=kind)
         else:
             stages.append(Stage(None, kind, width, width))
     if not stages:
-        raise Unsupported("a model without layers is not compiled")
+        raise Declined("a model without layers is not compiled")
     return stages
 
 
 def rule_of(optimizer: Any) -> int:
-    """The number of an optimizer's rule. Raises `Unsupported`."""
+    """The number of an optimizer's rule. Raises `Declined`."""
     if type(optimizer) in (Adam, AdamW):
         return at.ADAM
     if type(optimizer) is SGD:
         return at.MOMENTUM if optimizer.momentum else at.PLAIN
-    raise Unsupported(f"the rule {type(optimizer).__name__} is not compiled")
+    raise Declined(f"the rule {type(optimizer).__name__} is not compiled")
 
 
 def loss_kind(loss: Any) -> int:
-    """The number of a loss with class ids, or with rows for one that has no ids. Raises `Unsupported`."""
+    """The number of a loss with class ids, or with rows for one that has no ids. Raises `Declined`."""
     if any(value is not None and value != 0 for value in vars(loss).values()):
-        raise Unsupported(f"{loss!r}, with its options, is not compiled")
+        raise Declined(f"{loss!r}, with its options, is not compiled")
     if type(loss) is SoftmaxCrossEntropy:
         return at.IDS
     if type(loss) is MeanSquaredError:
         return at.SQUARED
-    raise Unsupported(f"the loss {type(loss).__name__} is not compiled")
+    raise Declined(f"the loss {type(loss).__name__} is not compiled")
 
 
 def cut(rows: int, columns: int, depth: int, threads: int) -> tuple[int, int]:
@@ -198,7 +195,7 @@ class Program:
     def parameter(self, x: Host) -> int:
         """The address of a parameter."""
         if not x.flags.c_contiguous:
-            raise Unsupported("a parameter that is not contiguous is not compiled")
+            raise Declined("a parameter that is not contiguous is not compiled")
         self.kept.append(x)
         return x.ctypes.data
 

@@ -15,8 +15,8 @@ from ...linear import Linear
 from ...step import TrainingStep, loss_and_gradients, training_step, training_step_on_rows
 from . import layout as at
 from .blas import alone, blas
-from .building import Unavailable, caller, code_for
-from .program import IN_ONE, Host, Program, Stage, Unsupported, containers_of, layers_of, loss_kind, rule_of, stages_of
+from .building import Declined, caller, code_for
+from .program import IN_ONE, Host, Program, Stage, containers_of, layers_of, loss_kind, rule_of, stages_of
 from .threads import pool_for, yielding
 
 PATIENCE = 100
@@ -41,19 +41,19 @@ class Plan:
         self.flat = flat_of(xp, self.bound)
         self.dtype = self.flat.W.dtype
         if self.dtype.name not in ("float32", "float64") or not self.dtype.isnative:
-            raise Unsupported(f"{self.dtype.name} is not compiled")
+            raise Declined(f"{self.dtype.name} is not compiled")
         self.rule, self.loss_kind = rule_of(optimizer), loss_kind(step.loss)
         self.loss_options = dict(vars(step.loss))
         self.layers = layers_of(model)
         trained = {id(layer) for _, layer in self.bound.leaves}
         if not any(layer.parameters() and id(layer) in trained for layer in self.layers):
-            raise Unsupported("a model without trained parameters is not compiled")
+            raise Declined("a model without trained parameters is not compiled")
         first = next(layer for layer in self.layers if layer.parameters())
         self.width = int(first.in_features) if hasattr(first, "in_features") else 0
         self.stages: list[Stage] = stages_of(model, self.width)
         self.frozen = {id(layer) for layer in self.layers} - trained
         if any(W.dtype != self.dtype for layer in self.layers for W in layer.parameters().values()):
-            raise Unsupported("layers of several dtypes are not compiled")
+            raise Declined("layers of several dtypes are not compiled")
         self.watch(step)
         self.code, self.blas = code_for(self.dtype.name), blas()
         self.holding, self.letting_go = (caller(self.code.run, holding=holding) for holding in (True, False))
@@ -218,11 +218,11 @@ def plan_for(xp: Namespace, step: TrainingStep) -> Plan | None:
         return plan  # type: ignore[no-any-return]
     try:
         if step.gradients is not loss_and_gradients:
-            raise Unsupported("gradients of one's own, of a group or of microbatches, are not compiled")
+            raise Declined("gradients of one's own, of a group or of microbatches, are not compiled")
         if step.guard is not None and type(step.guard) is not Guard:
-            raise Unsupported("a guard of one's own is not compiled")
+            raise Declined("a guard of one's own is not compiled")
         plan = step.kept["plan"] = Plan(xp, step)
-    except (Unsupported, Unavailable) as reason:
+    except Declined as reason:
         step.how = step.kept["portable"] = f"portable: {reason}"
         return None
     return plan
