@@ -9,19 +9,22 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..arrays.words import printable
 from ..files.atomic import atomic_write
 from ..files.models import save_model
+from ._streams import Terminal
 
-FILES = ("config.json", "model.safetensors", "history.jsonl", "curves.png", "report.html", "summary.json")
+SUMMARY = "summary.json"
+FILES = (SUMMARY, "config.json", "model.safetensors", "history.jsonl", "curves.png", "report.html")
+"""In the order in which they are removed; the summary is the first to go, and the last to come."""
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content`, for a reader as well as for a program."""
-    atomic_write(path, (json.dumps(_plain(content), indent=2) + "\n").encode())
+    atomic_write(path, (json.dumps(_plain(content), indent=2) + "\n").encode(), follow=False)
 
 
 def write_results(
@@ -30,11 +33,14 @@ def write_results(
     """Write all files but config.json, each of them whole, and the summary last: where it is, the others are."""
     picture = io.BytesIO()
     curves(rows).savefig(picture, format="png")
+    if (folder / "model.safetensors").is_symlink():  # which may have come with somebody else's folder
+        (folder / "model.safetensors").unlink()
     save_model(model, folder / "model.safetensors", metadata=metadata)
-    atomic_write(folder / "history.jsonl", "".join(json.dumps(_plain(row)) + "\n" for row in rows).encode())
-    atomic_write(folder / "curves.png", picture.getvalue())
-    atomic_write(folder / "report.html", report.encode())
-    write_json(folder / "summary.json", summary)
+    lines = "".join(json.dumps(_plain(row)) + "\n" for row in rows)
+    atomic_write(folder / "history.jsonl", lines.encode(), follow=False)
+    atomic_write(folder / "curves.png", picture.getvalue(), follow=False)
+    atomic_write(folder / "report.html", report.encode(errors="backslashreplace"), follow=False)  # names of other encodings
+    write_json(folder / SUMMARY, summary)
 
 
 def _plain(value: Any) -> Any:
@@ -46,14 +52,14 @@ def _plain(value: Any) -> Any:
 
 def show(folder: Path, summary: dict[str, Any], processes: str | None = None) -> None:
     """Print the summary as a table, and where the files are."""
-    console = Console()
+    console = Terminal()
     scores = {name: value for name, value in summary.items() if isinstance(value, dict)}
     columns = list(scores["train"])
     table = Table("", *columns, title=f"{summary['device']}, {summary['seconds']:.1f} s")
     for name, score in scores.items():
         table.add_row(name, *(format(score[column], ".2%" if column == "accuracy" else ".4g") for column in columns))
     console.print(table)
-    console.print(f"{escape(str(folder))}: {', '.join(FILES)}", soft_wrap=True)
+    console.print(f"{escape(printable(str(folder)))}: {', '.join(FILES)}", soft_wrap=True)
     console.print(f"Look at it: {escape((folder / 'report.html').resolve().as_uri())}", soft_wrap=True)
     if "interrupted" in summary:
         line = f"anyarray-linear train --out {shlex.quote(str(folder))} --resume"
@@ -61,7 +67,7 @@ def show(folder: Path, summary: dict[str, Any], processes: str | None = None) ->
             line = f"mpiexec -n {summary.get('ranks', 1)} {line} --distributed {processes}"
         console.print(
             f"interrupted after {summary['epochs']} epochs; these are the files of what was trained so far. Go on with\n"
-            f"{escape(line)}",
+            f"{escape(printable(line))}",
             soft_wrap=True,
         )
 

@@ -25,8 +25,9 @@ from ..losses import MeanSquaredError
 from ..training import History, evaluate, fit
 from ._common import BAD_INPUT, StopSignals, bad, one_line, warn
 from ._report import Norms, report
-from ._results import FILES, show, write_json, write_results
+from ._results import FILES, SUMMARY, show, write_json, write_results
 from ._run import LR, Run, prepare
+from ._streams import if_heard, tell
 
 _CHECKPOINTS = "checkpoints"
 _SCORED_ROWS = 10_000  # training accuracy is measured after each epoch, on this many samples at most
@@ -190,6 +191,7 @@ def _kept(folder: Path, options: Any) -> Iterator[None]:
     is_new = not folder.exists()
     with locked(folder / _CHECKPOINTS):
         sweep(folder)
+        (folder / SUMMARY).unlink(missing_ok=True)  # first: it says that the others are whole, and of one run
         if options.overwrite:
             _clear(folder)
         try:
@@ -290,10 +292,10 @@ def _train(
         write_json(folder / "config.json", _config(run, options))
         counts = ", ".join(f"{len(y)} {name}" for name, (_, y) in run.parts.items())
         if options.processes is not None:
-            print(group)
-        print(f"{options.data or 'digits'}: {counts} samples; {run.device}: {run.device.reason}", flush=True)
+            tell(str(group))
+        tell(f"{options.data or 'digits'}: {counts} samples; {run.device}: {run.device.reason}")
         if options.data is not None:
-            print(_decision(run, options), flush=True)
+            tell(_decision(run, options))
         for line in run.reading.suspicious:
             warn(line)
     began = time.perf_counter()
@@ -329,7 +331,8 @@ def _write(run: Run, options: Any, folder: Path, group: distributed.Group, histo
     metadata = {"classes": run.classes, "features": run.features}
     page = report(run, model, folder, _config(run, options), history.rows, summary)
     write_results(folder, model, metadata, history.rows, summary, page)
-    show(folder, summary, options.processes)
+    with if_heard():
+        show(folder, summary, options.processes)
 
 
 def _fit(
