@@ -177,12 +177,12 @@ def ones_row(count: int, dtype: Any) -> Array:
 def _long_row_of_ones(count: int, dtype: Any) -> Array:
     """Rows are kept in powers of two and never dropped: memory that another stream still reads must not go to the pool."""
     key = cupy.cuda.runtime.getDevice(), dtype.char, 1 << max(10, (count - 1).bit_length())
-    row = _ones.get(key)
+    row: Array = _ones.get(key)
     if row is None:
         with cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc):  # not from a pool that goes before the row
             row = cupy.ones((1, key[2]), dtype)
         cupy.cuda.get_current_stream().synchronize()  # once: from now on any stream may read it
-        _ones[key] = row
+        row = _ones.setdefault(key, row)  # another thread may have been faster, and its row is in use
     return row
 
 
