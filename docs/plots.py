@@ -22,7 +22,7 @@ _WIDTH, _LEFT, _RIGHT, _ROW, _TOP = 540, 140, 16, 28, 34
 
 def cells(line: str) -> list[str]:
     """What is in a line of a table."""
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+    return [cell.strip() for cell in line.strip()[1:-1].split("|")]
 
 
 def drawn(title: str, table: list[str]) -> str:
@@ -37,7 +37,8 @@ def drawn(title: str, table: list[str]) -> str:
         return _LEFT + (math.log(value) - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
 
     height = _TOP + _ROW * len(rows) + 30
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{html.escape(title)}; the numbers are in the table">']
+    label = html.escape(f"{title}; the numbers are in the table")
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{label}">']
     ticks = [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20) if low <= math.log(tick) <= high]
     for tick in ticks:
         kind = "one" if tick == 1 else "tick"
