@@ -237,8 +237,8 @@ def test_damaged_configurations_are_one_line_and_exit_code_2(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
     assert command("train", "--epochs", "1", "--out", str(out)) == 0
-    monkeypatch.setattr(train, "_write", lambda *whatever: None)
-    monkeypatch.setattr(train, "_train", lambda *whatever: ())  # what is fuzzed is all that comes before
+    monkeypatch.setattr(train, "write_run", lambda *whatever: None)
+    monkeypatch.setattr(train, "train_run", lambda *whatever: ())  # what is fuzzed is all that comes before
     config = out / "config.json"
     whole, rng, refused = config.read_bytes(), random.Random(0), 0
     names = [*json.loads(whole)["options"], "out", "help", "resume", "overwrite", "processes", "distributed", "no-such", "", "\n", "=", "-"]
