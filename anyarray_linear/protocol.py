@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from .arrays.checks import check_alike, check_shape
-from .arrays.place import Array, computing_on
+from .arrays.checks import check_alike, check_array, check_shape, describe
+from .arrays.device import Device
+from .arrays.place import Array, computing_on, dtype_name, is_array
 
 
 @runtime_checkable
@@ -15,6 +16,14 @@ class Layer(Protocol):
 
     State for backward travels in the cache that `forward` returns, never on the layer. A parameter called `p` is the
     attribute `p`, and its stored gradient the attribute `dp`; what is `None` is in neither `parameters` nor `gradients`.
+
+    What a layer may have besides:
+
+    - `state()`: what is not trained but changes, as `{"running_mean": array, "step": 3}`, arrays and Python ints. A state
+      called `s` is the attribute `s`. It goes into files and checkpoints, so that training goes on exactly as it would have.
+    - `trainable = False`: its parameters get no gradient and no update, and stay in files.
+    - `takes = "ids"`: its input is integers, which training does not cast.
+    - `config()`: what its constructor needs, as JSON can hold it; then `load_model(path, classes=[...])` can build it.
     """
 
     def forward(self, X: Array) -> tuple[Array, Any]:
@@ -61,9 +70,19 @@ def parameters(model: Any) -> dict[str, Array]:
     return {join(name, p): value for name, layer in leaves(model) for p, value in layer.parameters().items()}
 
 
+def trained(model: Any) -> list[tuple[str, Any]]:
+    """The leaves of `model` whose parameters are trained: all but those with `trainable = False`."""
+    return [(name, layer) for name, layer in leaves(model) if getattr(layer, "trainable", True)]
+
+
+def is_trained(layer: Any) -> bool:
+    """Whether a layer or container has parameters that are trained."""
+    return any(leaf.parameters() for _, leaf in trained(layer))
+
+
 def stored_gradients(model: Any) -> dict[str, Array | None]:
-    """What `backward` stored for every parameter of `model`, by the parameter's full name; `None` where nothing is."""
-    return {join(name, p): getattr(layer, f"d{p}") for name, layer in leaves(model) for p in layer.parameters()}
+    """What `backward` stored for every trained parameter of `model`, by its full name; `None` where nothing is."""
+    return {join(name, p): getattr(layer, f"d{p}") for name, layer in trained(model) for p in layer.parameters()}
 
 
 def store_gradients(model: Any, gradients: Mapping[str, Array], *, accumulate: bool = False) -> None:
@@ -72,7 +91,7 @@ def store_gradients(model: Any, gradients: Mapping[str, Array], *, accumulate: b
     Adding makes a new array: whoever holds the old gradient keeps its values.
     """
     new = []
-    for name, layer in leaves(model):
+    for name, layer in trained(model):
         for p in layer.parameters():
             gradient, stored = gradients.get(join(name, p)), getattr(layer, f"d{p}", None)
             if gradient is None:
@@ -89,3 +108,74 @@ def store_gradients(model: Any, gradients: Mapping[str, Array], *, accumulate: b
             new.append((layer, f"d{p}", gradient))
     for layer, attribute, gradient in new:
         setattr(layer, attribute, gradient)
+
+
+def state_of(layer: Any) -> dict[str, Any]:
+    """What `layer` has that is not trained but belongs to it, by name: arrays and Python ints."""
+    own = getattr(layer, "state", None)
+    return dict(own()) if callable(own) else {}
+
+
+def states(model: Any) -> dict[str, Any]:
+    """The state of every layer of `model` once, by its full name."""
+    return {join(name, s): value for name, layer in leaves(model) for s, value in state_of(layer).items()}
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    """Copies of all parameters and states of `model`, by full name, where they are; `restore` puts them back.
+
+    An optimizer may write to a layer's arrays, so a kept `layer.W` may change with training; what this returns does not.
+
+    >>> from anyarray_linear import Linear
+    >>> layer = Linear(2, 1, init="zeros")
+    >>> kept = snapshot(layer)
+    >>> layer.W += 1.0
+    >>> restore(layer, kept)
+    >>> layer.W
+    array([[0., 0.]])
+    """
+    return {name: _copy(x) for name, x in {**parameters(model), **states(model)}.items()}
+
+
+def restore(model: Any, weights: Mapping[str, Any]) -> None:
+    """Set all parameters and states of `model` to what `snapshot` returned for it, or for another model like it.
+
+    weights: stays as it is: copies are set, where the model is. An optimizer goes on from there with the moments it has.
+
+    Raises `ValueError` or `TypeError` for names, shapes or dtypes that are not the model's, and changes nothing then.
+    """
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights is {describe(weights)}; pass what snapshot(model) returned")
+    now = {**parameters(model), **states(model)}
+    if weights.keys() != now.keys():
+        theirs, ours = ", ".join(weights) or "nothing", ", ".join(now) or "nothing"
+        raise ValueError(f"weights has {theirs}, but the model has {ours}; pass a snapshot of this model")
+    new = []
+    for name, layer in leaves(model):
+        for p in (*layer.parameters(), *state_of(layer)):
+            full = join(name, p)
+            value, here = weights[full], now[full]
+            if is_array(here):
+                check_array(f"weights[{full!r}]", value)
+                check_shape(f"weights[{full!r}]", value, tuple(here.shape), "the shape in the model")
+                if dtype_name(value.dtype) != dtype_name(here.dtype):
+                    was, wanted = dtype_name(value.dtype), dtype_name(here.dtype)
+                    raise TypeError(f"weights[{full!r}] is {was}, but the model needs {wanted}")
+                value = Device.of(here).asarray(_copy(value))
+            new.append((layer, p, value))
+    for layer, p, value in new:
+        setattr(layer, p, value)
+
+
+def restore_states(model: Any, weights: Mapping[str, Any]) -> None:
+    """Set the states of `model` alone to what a `snapshot` of it has."""
+    for name, layer in leaves(model):
+        for s in state_of(layer):
+            setattr(layer, s, _copy(weights[join(name, s)]))
+
+
+def _copy(x: Any) -> Any:
+    if not is_array(x):
+        return x
+    with computing_on(x) as xp:
+        return xp.asarray(x, copy=True)

@@ -19,8 +19,13 @@ _ARGUMENTS = [
 
 
 @contextmanager
-def opened(url: str, folder: Path, size: str = "desktop", scheme: str = "light") -> Iterator[tuple[Any, list[str]]]:
-    """The page at `url`, and a list of what is wrong with it so far. `folder` is for the browser's own files."""
+def opened(
+    url: str, folder: Path, size: str = "desktop", scheme: str = "light", *, site: Path | None = None
+) -> Iterator[tuple[Any, list[str]]]:
+    """The page at `url`, and a list of what is wrong with it so far. `folder` is for the browser's own files.
+
+    site: a folder whose files are what https://site/ has.
+    """
     if CHROMIUM is None:
         pytest.skip("there is no chromium here (Debian: apt-get install chromium)")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra docs brings it)")
@@ -38,8 +43,14 @@ def opened(url: str, folder: Path, size: str = "desktop", scheme: str = "light")
         page = context.new_page()
         page.on("console", lambda message: wrong.append(f"console {message.type}: {message.text}"))
         page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-        page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
-        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or wrong.append(f"asked for {request.url}"))
+        # a page that is left before all is there is not at fault
+        left = "net::ERR_ABORTED"
+        page.on("requestfailed", lambda request: request.failure == left or wrong.append(f"failed: {request.url}"))
+        known = ("file:", "data:", *(["https://site/", "blob:"] if site else []))
+        page.on("request", lambda request: request.url.startswith(known) or wrong.append(f"asked for {request.url}"))
+        if site is not None:
+            files = site
+            context.route("https://site/**", lambda route: route.fulfill(path=files / route.request.url.split("/", 3)[3]))
         page.goto(url)
         page.wait_for_load_state("networkidle")
         yield page, wrong

@@ -6,9 +6,11 @@ import importlib.util
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import browser
 import numpy as np
 import pytest
 
-import anyarray_linear
+import anyarray_linear.testing
 from anyarray_linear.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -149,15 +151,47 @@ def test_version_is_the_same_everywhere() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for name in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
+    for name in ("zensical", "mkdocstrings", "latex2mathml"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed (the extra docs brings it)")
-    folder = tmp_path_factory.mktemp("site")
-    # not --quiet: what is not shown is not counted, and then --strict lets a broken link pass
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("docs", "anyarray_linear", "docker"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("zensical.toml", "CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, folder)
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    return folder / "site"
+
+
+LEFTOVERS = {  # what pages show of Markdown that no extension has understood
+    "a box": r"(?:!!!|\?\?\?\+?) \w+",
+    "a snippet": r"-{1,}8<-{1,}",
+    "a fence": r"(?:```|~~~)",
+    "a definition of the API page": r"::: \w+",
+    "an attribute list": r"\{:? ?[.#]\w+",
+    "a heading": r"#{2,} \w+",
+    "a table": r"\|(?: ?-+ ?\|)+",
+    "a link": r"\[[^\]\n]+\]\([\w./#-]+\)",
+}
+
+
+def leftovers(html: str) -> list[str]:
+    """The names of what the page shows of its own source, outside of code."""
+    text = re.sub(r"(?s)<(pre|code|script|style|head)\b.*?</\1>", "", html)
+    text = unescape(re.sub(r"<[^>]+>", "\n", text))
+    return [name for name, pattern in LEFTOVERS.items() if re.search(rf"(?m)(?:^|\s){pattern}", text)]
+
+
+def test_no_page_shows_its_own_source(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        assert leftovers(page.read_text(encoding="utf-8")) == [], page.name
+    assert leftovers('<p>??? example "co2.py"</p>') == ["a box"]
+    assert leftovers("<p>!!! note</p><p>--8&lt;-- </p>") == ["a box", "a snippet"]
+    assert leftovers("<p>| a | b |</p>\n<p>|---|---|</p>") == ["a table"]
+    assert leftovers("<p>see [this](that.md)</p>") == ["a link"]
+    assert leftovers("<code>??? example</code><pre>| --- |</pre>") == []
 
 
 def test_site_fetches_nothing_and_has_its_equations(site: Path) -> None:
@@ -181,16 +215,38 @@ def test_api_page_has_signatures_lists_of_arguments_and_examples(site: Path) -> 
     assert not re.search(r"<blockquote>\s*<blockquote>", html)  # what Markdown makes of a doctest that is no code block
 
 
-@pytest.mark.parametrize(("size", "scheme"), [("desktop", "light"), ("phone", "dark")])
+def test_a_plot_shows_every_number_of_its_table(site: Path) -> None:
+    html = (site / "performance.html").read_text(encoding="utf-8")
+    source = (DOCS / "performance.md").read_text(encoding="utf-8")
+    titles = re.findall(r"<!-- plot: (.+) -->", source)
+    assert titles
+    for title in titles:
+        table = re.search(re.escape(title) + r".*\n\n((?:\|.*\n)+)", source)
+        assert table is not None
+        rows = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in table[1].splitlines()]
+        plain = [n for n in range(1, len(rows[0])) if all(re.fullmatch(r"[\d., ]+", row[n]) for row in rows[2:])]
+        numbers = sum(len(row[n].split(", ")) for n in plain for row in rows[2:])
+        svg = html[: html.index(f"<figcaption>{title}<")].rpartition("<svg")[2]
+        assert svg.count("<circle") == numbers + len(plain), title  # and one for each name
+        ones = re.findall(r'class="one" x1="([\d.]+)"', svg)
+        assert len(ones) == 1
+        dots = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)][:numbers]
+        values = [float(x) for row in rows[2:] for n in plain for x in row[n].split(", ")]
+        assert all((x > float(ones[0])) == (value > 1) for x, value in zip(dots, values, strict=True) if value != 1)
+
+
+@pytest.mark.parametrize(("size", "scheme"), [("desktop", "light"), ("phone", "dark"), ("desktop", "dark"), ("phone", "light")])
 def test_browser_shows_every_page_without_complaint(site: Path, tmp_path: Path, size: str, scheme: str) -> None:
-    with browser.opened((site / "index.html").as_uri(), tmp_path / "profile", size, scheme) as (page, wrong):
+    with browser.opened("https://site/index.html", tmp_path / "profile", size, scheme, site=site) as (page, wrong):
         for name in PAGES:
-            page.goto((site / f"{name}.html").as_uri())
+            page.goto(f"https://site/{name}.html")
             page.wait_for_load_state("load")
             assert page.locator("h1").count() == 1, name
             assert browser.overflow(page) <= 0, f"{name} is wider than the {size}"
             assert all(page.evaluate("[...document.images].map(image => image.naturalWidth > 0)")), name
-        page.goto((site / "derivation.html").as_uri())
+            signatures = page.locator(".doc-signature pre code").all() if size == "desktop" else []
+            assert all(box.evaluate("box => box.scrollWidth <= box.clientWidth") for box in signatures), f"{name}: cut off"
+        page.goto("https://site/derivation.html")
         equation = page.locator(".equation math").first.bounding_box()
         assert equation["height"] > 20
         assert wrong == []

@@ -12,6 +12,7 @@ import pytest
 
 from anyarray_linear import Dropout, Layer, Linear, Sequential
 from anyarray_linear.dropout import keep_mask, mask_key
+from anyarray_linear.testing import gradcheck
 
 
 def by_the_recipe(count, rate, seed, step):
@@ -203,3 +204,10 @@ def test_inside_a_model_inference_drops_nothing():
     assert not np.array_equal(Z, model(X))
     _, gradients = model.gradients(np.ones_like(Z), caches)
     assert list(gradients) == ["0.W", "0.b", "2.W", "2.b"]
+
+
+def test_its_gradient_is_that_of_forward_with_the_mask_of_the_next_step():
+    model = Sequential(Linear(4, 8, seed=0), Dropout(0.5, seed=0), Linear(8, 2, seed=1))
+    model[1].step = 5
+    gradcheck(model, np.random.default_rng(0).standard_normal((5, 4)))
+    assert model[1].step == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ import pytest
 import anyarray_linear
 
 PACKAGE = Path(anyarray_linear.__file__).parent
-MATHEMATICS = ("linear", "activations", "sequential", "losses", "optimizers", "schedules", "protocol")
+MATHEMATICS = (
+    *("linear", "activations", "dropout", "erf", "sequential", "losses", "optimizers", "schedules", "protocol"),
+    *("binding", "guard", "step"),
+)
 HEAVY = (
     *("cupy", "cupyx", "cupy_backends", "torch", "jax", "array_api_strict", "pandas", "scipy", "sklearn"),
     *("typer", "click", "rich", "safetensors", "matplotlib", "onnx", "mpi4py", "hypothesis", "pytest"),
@@ -74,25 +78,52 @@ print(json.dumps(list(sys.modules)))
     assert loaded(modules, not_needed) == []
 
 
-def imported_by(path):
-    """The modules that a file imports anywhere, inside functions too; what is only for type checkers is left out."""
-    tree = ast.parse(path.read_text())
+def imports(source, package=()):
+    """What a module of `package` imports anywhere in it, as names from the top, and what nobody can know before it runs.
+
+    Inside functions too, and by string: `import_module` and `__import__`, relative or absolute, under whatever name, and any
+    string that is the full name of a module of ours. What is only for type checkers is left out.
+    """
+    tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             node.body = []
-    found = set()
+    by_string = {"import_module", "__import__"}
+    by_string |= {
+        alias.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+        if alias.name in by_string and alias.asname
+    }  # fmt: skip
+    found, unknown = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(node.module)
-    return found
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(from_the_top("." * node.level + (node.module or ""), package))
+            # `from . import x`: x may be a module, or a name in one
+            found |= {f"{base}.{alias.name}" for alias in node.names} if node.level and not node.module else {base}
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in by_string:
+            name = node.args[0]
+            if isinstance(name, ast.Constant):
+                found.add(".".join(from_the_top(name.value, package)))
+            else:
+                unknown.add(ast.unparse(name))
+        elif isinstance(node, ast.Constant) and re.fullmatch(rf"{PACKAGE.name}(\.\w+)+", str(node.value)):
+            found.add(node.value)
+    return found, unknown
+
+
+def from_the_top(name, package):
+    """The parts of a module's name, which may be relative to `package`."""
+    level = len(name) - len(name.lstrip("."))
+    above = (PACKAGE.name, *package)[: len(package) + 2 - level] if level else ()
+    return (*above, *filter(None, name.lstrip(".").split(".")))
 
 
 @pytest.mark.parametrize("module", MATHEMATICS)
 def test_the_mathematics_names_no_array_library(module):
     libraries = {"numpy", "cupy", "cupyx", "torch", "jax", "array_api_strict"}
-    imported = imported_by(PACKAGE / f"{module}.py")
+    imported, unknown = imports((PACKAGE / f"{module}.py").read_text())
+    assert not unknown
     assert not {name.partition(".")[0] for name in imported} & libraries
     assert not {name for name in imported if name.startswith("array_api_compat.")}
 
@@ -121,45 +152,88 @@ def test_a_Python_number_made_of_an_array_would_be_found(call):
     assert numbers_made_of_arrays(f"def f(x):\n    return {call}") == [call]
 
 
-# from the bottom to the top; a module may import what is on its own line or on one above it, anywhere in it
+# The rooms of the contract from the bottom to the top: a module may import what is in its own room, or in one further down.
+# Those on one line do not know of each other. `mathematics` is every module at the top of the package but `__main__`.
 ROOMS = """
 arrays
-datasets
+datasets mathematics
 lanes
-linear erf activations dropout normalization losses optimizers schedules initializers protocol sequential guard testing
-lanes.flat lanes.numpy lanes.cupy
 files distributed
 training
 interop
 cli
 """
+RANK = {name: i for i, line in enumerate(ROOMS.split("\n")) for name in line.split()}
+# what is looked up when it runs: the library of an array, by its namespace; the lanes of a place, by their table
+LOOKED_UP = {
+    "arrays.device": {"_NAMESPACES.get(self.kind, self.kind)"},
+    "lanes": {"f'.{name}'"},
+    "cli.verify": {"name", "library"},
+}
 
 
-def room(parts):
-    """The name of a module as `ROOMS` has it: packages other than `lanes` are one room."""
-    return ".".join(parts[:2] if parts[0] == "lanes" else parts[:1])
+def room(module):
+    """The room of a module, given by its full name."""
+    parts = module.split(".")[1:]
+    if not parts or parts[0].startswith("__"):  # the public names, and what runs the command
+        return None
+    return parts[0] if parts[0] in RANK else "mathematics"
+
+
+def arrows(module, source, is_package=False):
+    """Pairs of rooms: where `module` stands, and where something is that it imports; and imports that nobody can know."""
+    package = tuple(module.split(".")) if is_package else tuple(module.split(".")[:-1])
+    found, unknown = imports(source, tuple(filter(None, package)))
+    here = room(f"{PACKAGE.name}.{module}")
+    public = PACKAGE.name
+    there = {(here, room(name), name) for name in found if name.split(".")[0] == public}
+    return {each for each in there if each[1] != here}, unknown
+
+
+def modules():
+    """Each module of the package as `arrows` takes it."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        name = ".".join(parts[:-1] if is_package else parts)
+        if name not in ("", "__main__"):
+            yield name, path.read_text(), is_package
 
 
 def test_imports_point_downwards_only():
-    rank = {name: i for i, line in enumerate(ROOMS.split("\n")) for name in line.split()}
     seen = set()
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        package = parts[:-1]
-        parts = package if parts[-1] == "__init__" else parts
-        if not package and parts in ((), ("__main__",)):  # the public names, and the command
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.ImportFrom) or not node.level:
-                continue
-            base = package[: len(package) - node.level + 1]
-            targets = [(*base, *node.module.split("."))] if node.module else [(*base, alias.name) for alias in node.names]
-            for target in targets:
-                here, there = room(parts), room(target)
-                if target == ("__version__",) or here == there:
-                    continue
-                if not base and not node.module and there not in rank:  # `from .. import Linear`: the public names
-                    there = "training"
+    for name, source, is_package in modules():
+        pointing, unknown = arrows(name, source, is_package)
+        assert unknown <= LOOKED_UP.get(name, set()), name
+        for here, there, what in pointing:
+            if there is not None:
                 seen.add((here, there))
-                assert rank[there] <= rank[here], f"{'.'.join(parts)} imports {'.'.join(target)}"
-    assert {("training", "files"), ("lanes.numpy", "optimizers"), ("testing", "linear")} <= seen  # also in functions
+                assert RANK[there] < RANK[here], f"{name} imports {what}"
+            elif what not in (f"{PACKAGE.name}.__version__", f"{PACKAGE.name}.distributed"):
+                assert RANK[here] >= RANK["interop"], f"{name} imports the public names, which know of all rooms"
+    assert {("training", "files"), ("lanes", "mathematics"), ("mathematics", "arrays"), ("cli", "training")} <= seen
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from ..cli import train",
+        "from anyarray_linear.cli.train import train",
+        "import anyarray_linear.cli",
+        "import_module('..cli', __package__)",
+        "importlib.import_module('anyarray_linear.cli.train')",
+        "__import__('anyarray_linear.cli')",
+        "import_module(TABLE['x'], 'anyarray_linear.cli')",
+        "load('..cli.train', __package__)",
+    ],
+)
+@pytest.mark.parametrize("where", ["{}", "def f():\n    {}", "class C:\n    x = lambda: 1\n    def f(self):\n        if x: {}"])
+def test_an_arrow_that_points_up_would_be_seen(line, where):
+    source = "from importlib import import_module as load\n" + where.format(line)
+    pointing, unknown = arrows("arrays.device", source)
+    assert unknown or {(here, there) for here, there, _ in pointing} == {("arrays", "cli")}
+
+
+def test_a_module_is_one_idea_and_not_long():
+    long = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: lines for name, lines in long.items() if lines > 450} == {}

@@ -17,12 +17,24 @@ from typing import Any
 
 from ..arrays.place import Array
 from ..protocol import join, leaves
-from .architecture import architecture_of, first_difference
+from .architecture import architecture_of, first_difference, warn_of_what_is_not_kept
 from .atomic import atomic_write
 from .journal import NAME as JOURNAL
 from .journal import rows_of
 from .sealed import MOMENT, CheckpointError, File, as_json, read, seal, told
-from .tensors import assign, check_tensor, match, memory_advice, on_host, placed, placed_all, size_of, weights_of
+from .tensors import (
+    assign,
+    check_tensor,
+    match,
+    match_numbers,
+    memory_advice,
+    numbers_of,
+    on_host,
+    placed,
+    placed_all,
+    size_of,
+    weights_of,
+)
 
 _BEST = "best.safetensors"
 _STEP = re.compile(r"step-([0-9]+)\.safetensors")
@@ -59,7 +71,8 @@ def save_checkpoint(
         raise ValueError(f"keep is {keep}; it must be at least 1")
     rule = optimizer.state_dict()
     moments = {f"{MOMENT}{name}/{m}": on_host(x) for name, own in rule.pop("moments").items() for m, x in own.items()}
-    info = {"architecture": architecture_of(model), "optimizer": rule, "metadata": kept}
+    info = {"architecture": architecture_of(model), "optimizer": rule, "metadata": kept, **numbers_of(model)}
+    warn_of_what_is_not_kept(model)
     if history is not None:
         info["history"] = dict(history)
     path = Path(folder) / f"step-{step:09}.safetensors"
@@ -162,7 +175,7 @@ def _resume(
         raise CheckpointError(f"{path} describes no model: {told(error)}") from error
     if difference:
         raise CheckpointError(f"{path} is of another model: {difference}")
-    weights = match(path, file.weights, model)
+    weights, numbers = match(path, file.weights, model), match_numbers(path, info, model)
     parameters = {join(name, p): getattr(layer, p) for name, layer in leaves(model) for p in layer.parameters()}
     moments: dict[str, dict[str, Array]] = {}
     for name, x in file.moments.items():
@@ -184,4 +197,4 @@ def _resume(
         raise CheckpointError(f"{path} does not fit: {told(error)}") from error
     new = placed_all(weights)
     optimizer.load_state_dict(rule)
-    assign(new)
+    assign([*new, *numbers])

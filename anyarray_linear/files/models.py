@@ -7,16 +7,16 @@ says in JSON which layers there are and which of them are one, and what the call
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..arrays.memory import explained_memory
 from ..arrays.selection import select_device
-from .architecture import architecture_of, built, described_size
+from .architecture import architecture_of, built, described_size, warn_of_what_is_not_kept
 from .atomic import atomic_write
 from .foreign import in_dtypes, renamed
 from .sealed import CheckpointError, as_json, read, seal, told
-from .tensors import CURE, assign, match, memory_advice, placed_all, size_of, weights_of
+from .tensors import CURE, assign, match, match_numbers, memory_advice, numbers_of, placed_all, size_of, weights_of
 
 
 def save_model(
@@ -45,7 +45,9 @@ def save_model(
     >>> read_metadata(path)
     {'classes': ['cat', 'dog']}
     """
-    info = {"architecture": architecture_of(model), "metadata": as_json("metadata", {} if metadata is None else metadata)}
+    kept = as_json("metadata", {} if metadata is None else metadata)
+    warn_of_what_is_not_kept(model)
+    info = {"architecture": architecture_of(model), "metadata": kept, **numbers_of(model)}
     atomic_write(path, seal(path, weights_of(model, repeat_shared=repeat_shared), info))
 
 
@@ -56,6 +58,7 @@ def load_model(
     into: Any = None,
     names: Mapping[str, str] | None = None,
     cast: bool = False,
+    classes: Sequence[type] = (),
 ) -> Any:
     """The model in a file of `save_model` or `save_checkpoint`, or `into` filled from any file with PyTorch's names.
 
@@ -66,6 +69,7 @@ def load_model(
     holds every value of the file's is taken as well, so bfloat16 and float16 in float32.
     names: how the file's layers or tensors are called in `into`, such as `{"fc1": "0", "fc2": "2"}`.
     cast: whether the weights may be rounded to a narrower dtype of `into`.
+    classes: the caller's own classes of layers with a `config()`, which are built with it.
 
     Returns the new model, or `into`.
 
@@ -74,10 +78,11 @@ def load_model(
     if into is not None:
         if device is not None:
             raise ValueError("into has its device already; leave device out, or move the model with into.to(device)")
-        weights = renamed(path, read(path, lambda info: size_of(into)).weights, names, into)
-        matching = match(path, in_dtypes(path, weights, into, cast), into)
+        file = read(path, lambda info: size_of(into))
+        weights = renamed(path, file.weights, names, into)
+        matching, numbers = match(path, in_dtypes(path, weights, into, cast), into), match_numbers(path, file.info, into)
         with memory_advice(into):
-            assign(placed_all(matching))
+            assign([*placed_all(matching), *numbers])
         return into
     if names is not None or cast:
         raise ValueError("names and cast are about a model that is there; give it: load_model(path, into=model, ...)")
@@ -95,12 +100,13 @@ def load_model(
     assert file.info is not None
     try:
         with explained_memory(place, CURE):
-            model = built(file.info["architecture"], "", file.weights, place, {})
+            model = built(file.info["architecture"], "", file.weights, place, {}, {kind.__name__: kind for kind in classes})
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its model cannot be built on {place}: {told(error)}") from error
     match(path, file.weights, model)  # that nothing is left over, and that what is shared agrees
+    assign(match_numbers(path, file.info, model))
     return model
 
 
@@ -111,3 +117,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     info = read(path).info
     return {} if info is None else dict(info["metadata"])
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a checkpoint, whose weights are for training to go on, and not a model of `save_model`.
+
+    Raises `CheckpointError` for a damaged file.
+    """
+    info = read(path).info
+    return info is not None and "optimizer" in info

@@ -21,7 +21,8 @@ Host = np.ndarray[Any, Any]
 FORMAT = 1
 _KEY = "anyarray_linear"  # one entry in the file's metadata, as safetensors writes several in random order
 MOMENT = "optimizer/"  # how the names of an optimizer's tensors start
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_DTYPES = {**_FLOATS, "I32": "int32", "I64": "int64", "BOOL": "bool"}  # the states of layers may be of the latter
 # Parsing JSON takes many times its size. These bounds keep any header, however made, under some 120 MB and 2 s (measured;
 # the test of the largest headers does it again), and let the state of a run of 50,000 epochs pass.
 MAX_HEADER = 16 << 20
@@ -142,7 +143,7 @@ def _check_info(path: str | os.PathLike[str], info: dict[str, Any], tensors: Map
         raise ValueError("a text in it has halves of characters")
     if info.pop("sha256") != _digest(info, tensors):
         raise ValueError("its content does not have the checksum that it was written with")
-    for name in ("architecture", "metadata", *({"optimizer", "history"} & info.keys())):
+    for name in ("architecture", "metadata", *sorted({"optimizer", "history", "state"} & info.keys())):
         if not isinstance(info[name], dict):
             raise ValueError(f"its {name} is no JSON object")
 

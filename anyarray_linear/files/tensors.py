@@ -1,11 +1,13 @@
 """A model as names and tensors: PyTorch's names and shapes, and back into a model.
 
-`0.weight` is the `W` of layer 0, `0.bias` its `b` as `(out,)`. A shared layer's are there under every position.
+`0.weight` is the `W` of layer 0, `0.bias` its `b` as `(out,)`. A shared layer's are there under every position. States that
+are arrays are among them; those that are Python ints are in the header, as PyTorch has no names for them.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -15,9 +17,10 @@ import numpy as np
 
 from ..arrays.device import Device
 from ..arrays.memory import explained_memory
-from ..arrays.place import Array, dtype_name
+from ..arrays.place import Array, dtype_name, is_array
 from ..linear import Linear
-from ..protocol import join, leaves, parameters
+from ..normalization import LayerNorm
+from ..protocol import join, leaves, parameters, state_of, states
 from ..sequential import Sequential
 from .sealed import CheckpointError, Host, some
 
@@ -27,11 +30,15 @@ CURE = "free some first, or use another device"
 def places_of(model: Any) -> dict[str, tuple[Any, str]]:
     """The layer and attribute behind every tensor of a file, by PyTorch's names; a shared layer's at every position."""
     positions = model._positions() if isinstance(model, Sequential) else leaves(model)
-    return {join(path, _file_name(layer, p)): (layer, p) for path, layer in positions for p in layer.parameters()}
+    return {join(path, _file_name(layer, p)): (layer, p) for path, layer in positions for p in _arrays_of(layer)}
+
+
+def _arrays_of(layer: Any) -> list[str]:
+    return [*layer.parameters(), *(s for s, value in state_of(layer).items() if is_array(value))]
 
 
 def _file_name(layer: Any, p: str) -> str:
-    return {"W": "weight", "b": "bias"}[p] if isinstance(layer, Linear) else p
+    return {"W": "weight", "b": "bias"}.get(p, p) if isinstance(layer, (Linear, LayerNorm)) else p
 
 
 def _file_shape(layer: Any, p: str) -> tuple[int, ...]:
@@ -65,7 +72,7 @@ def size_of(model: Any) -> int:
 
 
 def match(path: str | os.PathLike[str], weights: Mapping[str, Host], model: Any) -> list[tuple[Any, str, Host]]:
-    """`(layer, attribute, tensor)` for every parameter of `model`; raises if any tensor is missing, unknown or unlike it."""
+    """`(layer, attribute, tensor)` for all arrays of `model`; raises if any tensor is missing, unknown or unlike it."""
     places = places_of(model)
     unknown = [name for name in weights if name not in places]
     if unknown:
@@ -110,6 +117,26 @@ def placed_all(matched: list[tuple[Any, str, Host]]) -> list[tuple[Any, str, Arr
 def assign(new: list[tuple[Any, str, Array]]) -> None:
     for layer, p, x in new:
         setattr(layer, p, x)
+
+
+def numbers_of(model: Any) -> dict[str, dict[str, int]]:
+    """What a file's header says of states that are Python ints: `{"state": {full name: int}}`, or nothing."""
+    numbers = {name: operator.index(value) for name, value in states(model).items() if not is_array(value)}
+    return {"state": numbers} if numbers else {}
+
+
+def match_numbers(path: str | os.PathLike[str], info: Mapping[str, Any] | None, model: Any) -> list[tuple[Any, str, int]]:
+    """`(layer, attribute, int)` for every such state of `model` that the file has; raises for what is no int."""
+    found = {} if info is None else info.get("state", {})
+    matched = []
+    for name, layer in leaves(model):
+        for s, value in state_of(layer).items():
+            full = join(name, s)
+            if not is_array(value) and full in found:
+                if type(found[full]) is not int:
+                    raise CheckpointError(f"{path}: the state {full} is {found[full]!r:.40}, where an int should be")
+                matched.append((layer, s, found[full]))
+    return matched
 
 
 def memory_advice(model: Any) -> AbstractContextManager[None]:

@@ -1,10 +1,10 @@
 """Models as ONNX files, which ONNX Runtime and many other programs run without this library.
 
-A `Linear` is a `Gemm` with `transB=1`, `Z = X W^T + b`; an activation is its formula in ONNX's operators. A layer that
-stands at several positions has its weights in the file once, under the names that `save_model` gives them, which are
-PyTorch's. The file's input is `X` `(batch, in_features)`, with any batch size, its output `Z` `(batch, out_features)`, or
-`P`, the softmax of `Z`, where that is asked for. With other batch axes than one, for which there is no `Gemm`, a `Linear` is
-`Transpose`, `MatMul` and `Add`. `classes`, `features` and what else the metadata has are the file's metadata, as JSON.
+A `Linear` is a `Gemm` with `transB=1`, `Z = X W^T + b`; an activation and `LayerNorm` are their formulas in ONNX's
+operators, and `Dropout` is not there, as it does nothing in inference. A layer that stands at several positions has its
+weights in the file once, under the names that `save_model` gives them, which are PyTorch's. The file's input is `X`
+`(batch, in_features)`, with any batch size, its output `Z` `(batch, out_features)`, or `P`, the softmax of `Z`, where that
+is asked for. `classes`, `features` and what else the metadata has are the file's metadata, as JSON.
 
 Only the `onnx` package is needed, and nothing is computed: a float16 model is exported without a device that runs it.
 """
@@ -83,6 +83,13 @@ _FORMULAS: dict[str, tuple[_Step, ...]] = {
         *(("H", "Mul", "X", "gelu.half"), ("V", "Add", "T", "gelu.one"), ("Z", "Mul", "H", "V")),
     ),
 }
+_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {  # the operator behind a name in a step, and its attributes
+    "Gemm": ("Gemm", {"transB": 1}),
+    "ReduceMean": ("ReduceMean", {"keepdims": 1}),
+    "ReduceMean before 18": ("ReduceMean", {"keepdims": 1, "axes": [-1]}),
+    "Cast to float32": ("Cast", {"to": 1}),
+    "Cast to float16": ("Cast", {"to": 10}),
+}
 _MOST_BYTES = 2**31 - 2**24  # protobuf's limit is 2 GiB, and names and metadata take some of it
 
 
@@ -160,14 +167,18 @@ def _proto(
     nodes: list[Any] = []
     X, dtype = "X", next(iter(weights.values())).dtype
     for position, first, spec in positions:
-        for Z, operator, *inputs in _steps(position, first, spec, X, dtype.name, batch_axes):
-            options = {"transB": 1} if operator == "Gemm" else {}
-            nodes.append(onnx.helper.make_node(operator, inputs, [Z], name=f"{Z}:{operator}", **options))
+        for Z, operator, *inputs in _steps(position, first, spec, X, dtype.name, batch_axes, opset):
+            kind, options = _OPTIONS.get(operator, (operator, {}))
+            nodes.append(onnx.helper.make_node(kind, inputs, [Z], name=f"{Z}:{kind}", **options))
             X = Z
     nodes[-1].output[0] = "Z"
     if softmax:
         nodes.append(onnx.helper.make_node("Softmax", ["Z"], ["P"], name="P:Softmax", axis=-1))
     values = {**weights, **{name: np.asarray(value, dtype=dtype) for name, value in _CONSTANTS.items()}}
+    values["norm.axis"] = np.asarray([-1])
+    for _, first, spec in positions:
+        if spec["type"] == "LayerNorm":
+            values[join(first, "eps")] = np.asarray(spec["eps"], dtype="float32" if dtype == "float16" else dtype)
     used = dict.fromkeys(name for node in nodes for name in node.input if name in values)  # each once, in order
     kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
     batch = ["batch"] if batch_axes == 1 else [f"batch_{i}" for i in range(batch_axes)]
@@ -214,24 +225,26 @@ def _check(positions: list[tuple[str, str, Spec]], weights: Mapping[str, Host]) 
     expected = set()
     for position, _, spec in positions:
         kind = spec["type"]
-        if spec.get("custom") or kind not in ("Linear", *_FORMULAS):
+        if spec.get("custom") or kind not in ("Linear", "LayerNorm", "Dropout", *_FORMULAS):
             raise ValueError(
                 f"layer {position or 'of the model'} is {shown(spec)}, which has no operator in ONNX; "
                 "export a model of this library's own layers"
             )
-        if kind != "Linear":
+        if kind not in ("Linear", "LayerNorm"):
             continue
-        if width not in (None, spec["in_features"]):
-            raise ValueError(f"layer {position} takes {spec['in_features']} features, but the one before it gives {width}")
-        width = spec["out_features"]
-        shapes = {"weight": (width, spec["in_features"])} | ({"bias": (width,)} if spec["bias"] else {})
+        takes = spec["features" if kind == "LayerNorm" else "in_features"]
+        if width not in (None, takes):
+            raise ValueError(f"layer {position} takes {takes} features, but the one before it gives {width}")
+        width = takes if kind == "LayerNorm" else spec["out_features"]
+        shapes = {"weight": (width, takes) if kind == "Linear" else (width,)}
+        shapes |= {"bias": (width,)} if spec.get("bias", True) else {}
         for p, shape in shapes.items():
             name = join(position, p)
             if weights[name].shape != shape:
                 raise ValueError(f"{name} has shape {weights[name].shape}, but the layer is {shown(spec)}")
             expected.add(name)
             dtypes.setdefault(weights[name].dtype.name, name)
-    if width is None:
+    if not any(spec["type"] == "Linear" for _, _, spec in positions):
         raise ValueError("the model has no Linear layer, so nothing says how many features and which dtype it takes")
     if unknown := sorted(weights.keys() - expected):
         raise ValueError(f"there is {unknown[0]}, which belongs to no layer")
@@ -251,7 +264,9 @@ def _check_options(onnx: Any, opset: Any, batch_axes: Any) -> None:
             raise ValueError(f"{name} is {value}; give {low}{at_most}")
 
 
-def _steps(position: str, first: str, spec: Spec, X: str, dtype: str, batch_axes: int) -> Iterator[_Step]:
+def _steps(
+    position: str, first: str, spec: Spec, X: str, dtype: str, batch_axes: int, opset: int
+) -> Iterator[_Step]:
     """The operations of one layer, in order, with the input named `X`; its weights are those of its `first` position."""
     if spec["type"] == "Linear":
         weights = [join(first, p) for p in ("weight", "bias") if p == "weight" or spec["bias"]]
@@ -264,6 +279,11 @@ def _steps(position: str, first: str, spec: Spec, X: str, dtype: str, batch_axes
         if b:
             yield join(position, "Z"), "Add", join(position, "XW^T"), *b
         return
+    if spec["type"] == "Dropout":  # nothing is dropped in inference
+        return
+    if spec["type"] == "LayerNorm":
+        yield from _normalization(position, first, X, dtype, opset)
+        return
     kind = "GELU(tanh)" if spec.get("approximate") == "tanh" else spec["type"]
     formula = _FORMULAS[kind]
     if kind == "GELU" and dtype == "float64":
@@ -273,6 +293,31 @@ def _steps(position: str, first: str, spec: Spec, X: str, dtype: str, batch_axes
             join(position, Z), operator,
             *(X if name == "X" else name if name in _CONSTANTS else join(position, name) for name in inputs),
         )  # fmt: skip
+
+
+def _normalization(position: str, first: str, X: str, dtype: str, opset: int) -> Iterator[_Step]:
+    """`H * W + b`, spelled out: the operator LayerNormalization forms means in float32, whatever the dtype."""
+
+    def inner(name: str) -> str:
+        return join(position, name)
+
+    mean = ("ReduceMean", "norm.axis") if opset >= 18 else ("ReduceMean before 18",)
+    if dtype == "float16":
+        yield inner("X"), "Cast to float32", X
+        X = inner("X")
+    yield inner("M"), mean[0], X, *mean[1:]
+    yield inner("D"), "Sub", X, inner("M")
+    yield inner("DD"), "Mul", inner("D"), inner("D")
+    yield inner("V"), mean[0], inner("DD"), *mean[1:]
+    yield inner("Ve"), "Add", inner("V"), join(first, "eps")
+    yield inner("S"), "Sqrt", inner("Ve")
+    yield inner("H"), "Div", inner("D"), inner("S")
+    H = inner("H")
+    if dtype == "float16":
+        yield inner("Hn"), "Cast to float16", H
+        H = inner("Hn")
+    yield inner("HW"), "Mul", H, join(first, "weight")
+    yield inner("Z"), "Add", inner("HW"), join(first, "bias")
 
 
 def _onnx() -> Any:

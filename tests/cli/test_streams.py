@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("typer")
 
 from anyarray_linear import Linear, cli, save_model
-from anyarray_linear.cli._results import FILES, SUMMARY
+from anyarray_linear.cli._folder import FILES, SUMMARY
 from anyarray_linear.training.progress import Progress
 
 ROOT = Path(__file__).parents[2]

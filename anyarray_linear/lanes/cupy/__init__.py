@@ -6,13 +6,27 @@ spells as several array operations is one kernel here. Kernels compute in float3
 the arrays. They hold no memory between calls, so any number of threads and streams may use them at once.
 """
 
-from .activations import activation, activation_gradient
-from .guard import judged
-from .losses import cross_entropy, cross_entropy_gradient, squared_error
-from .products import backward, forward
-from .update import apply
+from ...activations import activation, activation_gradient
+from ...guard import judged
+from ...linear import affine, affine_gradients, input_gradient
+from ...losses import cross_entropy, cross_entropy_gradient, squared_error, squared_error_gradient
+from ...optimizers import apply_update
+from ...step import training_step, training_step_on_rows
+from . import activations, captured, guard, losses, products, update
 
-__all__ = [
-    "activation", "activation_gradient", "apply", "backward", "cross_entropy", "cross_entropy_gradient", "forward", "judged",
-    "squared_error",
-]  # fmt: skip
+OPERATIONS = {
+    affine: products.forward,
+    affine_gradients: products.backward,
+    input_gradient: products.input_gradient,
+    activation: activations.activation,
+    activation_gradient: activations.activation_gradient,
+    cross_entropy: losses.cross_entropy,
+    cross_entropy_gradient: losses.cross_entropy_gradient,
+    squared_error: losses.squared_error,
+    squared_error_gradient: losses.squared_error_gradient,
+    apply_update: update.apply,
+    judged: guard.judged,
+    training_step: captured.step,
+    training_step_on_rows: captured.step_on_rows,
+}
+"""The portable operations, and their faster equals for CuPy arrays."""

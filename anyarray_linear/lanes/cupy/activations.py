@@ -8,7 +8,9 @@ from typing import Any
 
 import cupy
 
-from ...activations import GELU, ReLU, Sigmoid, SiLU, Tanh, _activation, _activation_gradient
+from ...activations import GELU, ReLU, Sigmoid, SiLU, Tanh
+from ...activations import activation as portable
+from ...activations import activation_gradient as portable_gradient
 from ...arrays.place import Array, Namespace
 from .kernels import THREADS, TYPES, blocks, by_value, contiguous, kernel
 
@@ -120,10 +122,15 @@ def _form(layer: Any) -> Any:
     return "tanh" if type(layer) is GELU and layer.approximate == "tanh" else type(layer)
 
 
+def needs_sum(layer: Any) -> bool:
+    """Whether the derivative of this activation is written in terms of its input."""
+    return type(layer) in (SiLU, GELU)
+
+
 def activation(xp: Namespace, layer: Any, X: Array) -> Array:
     """`Z = f(X)`."""
     if X.dtype.char not in TYPES or not is_known(layer):
-        return _activation(xp, layer, X)
+        return portable(xp, layer, X)
     X = contiguous(X)
     Z, size = cupy.ndarray(X.shape, X.dtype), X.size
     if size:
@@ -134,7 +141,7 @@ def activation(xp: Namespace, layer: Any, X: Array) -> Array:
 def activation_gradient(xp: Namespace, layer: Any, dZ: Array, kept: Array) -> Array:
     """`dX = dZ f'(X)`."""
     if dZ.dtype.char not in TYPES or not is_known(layer):
-        return _activation_gradient(xp, layer, dZ, kept)
+        return portable_gradient(xp, layer, dZ, kept)
     dZ, kept = contiguous(dZ), contiguous(kept)
     dX, size = cupy.ndarray(dZ.shape, dZ.dtype), dZ.size
     if size:
@@ -154,7 +161,7 @@ def add_bias(Z: Array, b: Array, layer: Any = None) -> Array:
     The activation is a new array where its derivative needs the sum, and else takes its place.
     """
     if Z.size:
-        out = Z if layer is None or layer._kept == "Z" else cupy.ndarray(Z.shape, Z.dtype)
+        out = Z if layer is None or not needs_sum(layer) else cupy.ndarray(Z.shape, Z.dtype)
         grid, sizes = _sizes(Z.size, Z.shape[1])
         kind = None if layer is None else _form(layer)
         _bias(kind, Z.dtype.char)(grid, (THREADS,), (Z, contiguous(b), out, sizes))

@@ -1,0 +1,86 @@
+"""PyTorch's own sample inputs, which it tests itself with: every case that our interface expresses agrees, gradients too.
+
+They are in `torch.testing._internal`, which wants the package `expecttest`; the wider CI installs both.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from anyarray_linear import GELU, Linear, ReLU, Sigmoid, SiLU, Tanh
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("expecttest")
+
+ACTIVATIONS = {
+    "nn.functional.relu": lambda: ReLU(),
+    "nn.functional.silu": lambda inplace=False: SiLU(),
+    "nn.functional.gelu": lambda approximate="none": GELU() if approximate == "tanh" else None,
+    "sigmoid": lambda: Sigmoid(),
+    "tanh": lambda: Tanh(),
+}
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """A function from an operator's name to PyTorch's samples of it, in float64 and on the CPU."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    known = {op.name: op for op in op_db if op.variant_test_name == ""}
+    return lambda name: list(known[name].sample_inputs("cpu", torch.float64, requires_grad=True))
+
+
+def host(x):
+    return x.detach().numpy().copy()
+
+
+def agree(found, theirs, what):
+    """To 1e-12 of the largest value: a few hundred times what float64 rounds, far below any other definition."""
+    theirs = host(theirs)
+    assert found.shape == theirs.shape, what
+    scale = np.abs(theirs).max(initial=1.0)
+    assert np.all(np.abs(found - theirs) <= 1e-12 * scale), f"{what} is off by {np.abs(found - theirs).max()}"
+
+
+def direction(Z):
+    """Something to send back that no symmetry hides behind."""
+    return np.random.default_rng(0).standard_normal(tuple(Z.shape))
+
+
+def test_linear(samples):
+    cases = samples("nn.functional.linear")
+    for sample in cases:
+        W, b = (*sample.args, sample.kwargs.get("bias"))[:2] if len(sample.args) < 2 else sample.args
+        column = W.ndim == 1  # PyTorch takes a vector for a layer with one output, and drops that axis
+        layer = Linear.from_arrays(host(W).reshape(-1, W.shape[-1]), None if b is None else host(b).reshape(-1))
+        Z, cache = layer.forward(host(sample.input))
+        theirs = torch.nn.functional.linear(sample.input, W, b)
+        dZ = direction(theirs)
+        dX, grads = layer.gradients(dZ[..., np.newaxis] if column else dZ, cache)
+        wanted = [x for x in (sample.input, W, b) if x is not None]
+        expected = torch.autograd.grad(theirs, wanted, torch.from_numpy(dZ))
+        agree(Z[..., 0] if column else Z, theirs, "Z")
+        for found, grad, what in zip((dX, grads["W"], grads.get("b")), expected, ("dX", "dW", "db"), strict=False):
+            agree(found.reshape(tuple(grad.shape)), grad, what)
+    assert len(cases) >= 18
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(samples, name):
+    count = 0
+    for sample in samples(name):
+        layer = ACTIVATIONS[name](*sample.args, **sample.kwargs)
+        if layer is None:
+            continue
+        count += 1
+        Z, cache = layer.forward(host(sample.input))
+        dZ = direction(Z)
+        dX, _ = layer.gradients(dZ, cache)
+        functions = torch.nn.functional if name.startswith("nn.") else torch
+        theirs = getattr(functions, name.rpartition(".")[2])(sample.input, *sample.args, **sample.kwargs)
+        (expected,) = torch.autograd.grad(theirs, sample.input, torch.from_numpy(dZ))
+        agree(Z, theirs, f"{name}{tuple(Z.shape)}")
+        agree(dX, expected, f"the gradient of {name}{tuple(Z.shape)}")
+    assert count
+
