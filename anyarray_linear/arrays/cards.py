@@ -18,6 +18,14 @@ def current() -> int:
     return int(load_cupy().cuda.runtime.getDevice())
 
 
+def pools() -> list[Any]:
+    """CuPy's memory pools that new arrays may come from: its own, and the one that the user has chosen instead, if any."""
+    cupy = load_cupy()
+    default = cupy.get_default_memory_pool()
+    chosen = getattr(cupy.cuda.get_allocator(), "__self__", default)  # `pool.malloc`; what is no pool's own is not ours
+    return [default] if chosen is default or not hasattr(chosen, "free_all_blocks") else [default, chosen]
+
+
 def device_name(index: int) -> str:
     """What a CUDA device calls itself."""
     name: bytes = load_cupy().cuda.runtime.getDeviceProperties(index)["name"]

@@ -204,7 +204,7 @@ class Device:
     def memory(self) -> tuple[int, int]:
         """Free and total memory in bytes, of the card or, for the CPU, of the machine.
 
-        What CuPy's pool keeps for reuse counts as used, as the driver sees it; `empty_cache` gives it back.
+        What CuPy's pools keep for reuse counts as used, as the driver sees it; `empty_cache` gives it back.
 
         Raises:
             NotImplementedError: for devices of other namespaces, and on systems without `/proc/meminfo`.
@@ -219,10 +219,11 @@ class Device:
         raise NotImplementedError(f"the memory of {self} cannot be read here")
 
     def empty_cache(self) -> None:
-        """Give the memory that CuPy's pool keeps for reuse back to the card, for other programs; arrays in use stay."""
+        """Give the memory that CuPy's pools keep for reuse back to the card, for other programs; arrays in use stay."""
         if self.kind == "cuda":
             with self:
-                cards.load_cupy().get_default_memory_pool().free_all_blocks()
+                for pool in cards.pools():
+                    pool.free_all_blocks()
 
     def __enter__(self) -> Device:
         if self.kind == "cuda":

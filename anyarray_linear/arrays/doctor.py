@@ -9,12 +9,14 @@ The steps run once per process and device, at first use and never at import; wha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,16 @@ PROBE = "float32 x", "float32 y", "y = 2 * x + 1", "anyarray_linear_probe"
 
 _lock = threading.RLock()
 _known: dict[Any, Any] = {}  # what was found in this process: the steps all devices share, and each device's own
+
+
+def _forget() -> None:
+    global _lock
+    _known.clear()
+    _lock = threading.RLock()  # a thread that held it is not here
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)  # what was found is true of a context that a forked child does not have
 
 
 def examine(index: int | None = None) -> list[Step]:
@@ -185,10 +197,23 @@ def _device(index: int) -> str:
 
 def _kernel(index: int) -> str:
     cupy = cards.load_cupy()
+    _say_if_all_is_compiled_anew()
     with cupy.cuda.Device(index):
         kernel = cupy.ElementwiseKernel(*PROBE)
         _compare(kernel(cupy.arange(4, dtype=np.float32)), np.asarray([1, 3, 5, 7]), "an elementwise kernel", index)
     return "compiled and ran"
+
+
+def _say_if_all_is_compiled_anew() -> None:
+    """The first start waits for the compiler, and would do so in silence."""
+    folder = Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
+    with contextlib.suppress(OSError):  # that it cannot be read, CuPy itself will say
+        if not folder.exists() or not any(folder.iterdir()):
+            import logging
+
+            logging.getLogger(__name__).warning(
+                "kernels are compiled for this card, since none are kept in %s yet; that takes a while, once", folder
+            )
 
 
 def _product(index: int) -> str:

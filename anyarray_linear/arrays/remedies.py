@@ -20,6 +20,45 @@ CONTAINER = (
     "nvidia-ctk runtime configure --runtime=docker, or for Podman by nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml."
 )
 
+# errors of CUDA that are about the machine or the process: what they are called, what they mean, what cures them
+_OF_THE_SYSTEM = (
+    (  # error 3
+        "cudaErrorInitializationError|CUDA_ERROR_NOT_INITIALIZED",
+        "CUDA cannot be started in this process",
+        'If the process was forked from one that had used CUDA (multiprocessing, os.fork), start it anew instead: '
+        'multiprocessing.get_context("spawn"). If not, see whether nvidia-smi works.',
+    ),
+    (  # error 46
+        "cudaErrorDevicesUnavailable|CUDA_ERROR_DEVICE_UNAVAILABLE",
+        "the card is in use by another process that shares it with none, or is being reset",
+        "See in nvidia-smi who uses it, and its compute mode: nvidia-smi -c 0 lets several processes share it; or choose "
+        "another card.",
+    ),
+    (  # error 802
+        "cudaErrorSystemNotReady|CUDA_ERROR_SYSTEM_NOT_READY",
+        "the cards of this machine are not ready",
+        "Machines whose cards are joined by NVSwitch (HGX, DGX) need the fabric manager, in the version of the driver: "
+        "systemctl start nvidia-fabricmanager. If it has just been started, wait a minute.",
+    ),
+    (  # error 803
+        "cudaErrorSystemDriverMismatch|CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
+        "the NVIDIA driver in the kernel and the one in the libraries are two versions",
+        "Restart the machine, which loads the newer one; start a container anew after the host's driver was changed.",
+    ),
+    (  # error 804
+        "cudaErrorCompatNotSupportedOnDevice|CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE",
+        "a newer libcuda than the driver's own was found, which only cards of data centres can use",
+        "Take the cuda-compat folder out of LD_LIBRARY_PATH (or the cuda-compat package out of the image), or update the "
+        "driver.",
+    ),
+    (  # error 999
+        "cudaErrorUnknown|CUDA_ERROR_UNKNOWN",
+        "the driver fails and does not say why",
+        "Often the module nvidia_uvm is missing or lost in a suspend: modprobe nvidia_uvm, or rmmod nvidia_uvm && modprobe "
+        "nvidia_uvm as root; in a container, restart it. Else restart the machine.",
+    ),
+)
+
 
 def explain(error: BaseException) -> tuple[str, str]:
     """What an exception of CuPy's means, and what to do about it: two sentences."""
@@ -49,6 +88,9 @@ def explain(error: BaseException) -> tuple[str, str]:
         )
     if re.search("InsufficientDriver|UNSUPPORTED_PTX|UnsupportedPtx", text):
         return f"the NVIDIA driver is too old for this CuPy ({text})", NEWER_DRIVER
+    for called, what, cure in _OF_THE_SYSTEM:
+        if re.search(rf"\b({called})\b", text):
+            return f"{what} ({text})", cure
     if isinstance(error, ImportError):
         return f"importing CuPy fails ({text})", f'Install it again: pip install --force-reinstall "{names}[ctk]".'
     return (

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -374,6 +375,91 @@ def test_a_card_that_cupy_has_no_code_for(text: str, imitated: Callable[..., Imi
     assert 'pip install "anyarray_linear[cuda12]"' in message
 
 
+@pytest.mark.parametrize(
+    ("text", "says", "cure"),
+    [
+        ("cudaErrorInitializationError: initialization error", "cannot be started in this process", 'get_context("spawn")'),
+        ("cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy or unavailable", "in use by another", "nvidia-smi -c 0"),
+        ("cudaErrorSystemNotReady: system not yet initialized", "are not ready", "nvidia-fabricmanager"),
+        ("cudaErrorSystemDriverMismatch: system has unsupported display driver / cuda driver combination", "are two versions", "Restart"),
+        ("cudaErrorCompatNotSupportedOnDevice: forward compatibility was attempted on non supported HW", "newer libcuda", "cuda-compat"),
+        ("cudaErrorUnknown: unknown error", "does not say why", "modprobe nvidia_uvm"),
+        ("CUDA_ERROR_SYSTEM_NOT_READY: system not yet initialized", "are not ready", "nvidia-fabricmanager"),
+    ],
+)
+def test_what_is_wrong_with_the_machine_has_its_cure(text: str, says: str, cure: str, imitated: Callable[..., Imitation]) -> None:
+    imitation = imitated(10)
+    imitation.runtime.getDeviceCount = raising(imitation.CUDARuntimeError(text))
+    message = str(refusal())
+    assert says in message
+    assert cure in message
+    assert text in message
+
+
+@pytest.mark.parametrize("number", [3, 46, 802, 803, 804, 999])
+def test_these_errors_are_called_so_by_cupy(number: int) -> None:
+    cupy = pytest.importorskip("cupy", reason="needs CuPy, not a card", exc_type=ImportError)
+    if "cupy-cpu-emulated" in remedies.installed():
+        pytest.skip("the stand-in has no names for them")
+    sentence, _ = remedies.explain(cupy.cuda.runtime.CUDARuntimeError(number))
+    assert not sentence.startswith("CuPy fails")
+
+
+def test_a_forked_process_examines_anew(imitated: Callable[..., Imitation]) -> None:
+    imitation, held, done = imitated(10), threading.Event(), threading.Event()
+    assert select_device("cuda:0").index == 0
+    lock = doctor._lock
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(60)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:  # its context is its parent's, which CUDA tells it by this
+        signal.alarm(60)
+        try:
+            imitation.runtime.getDeviceCount = raising(imitation.CUDARuntimeError("cudaErrorInitializationError: initialization error"))
+            os.write(writing, str(refusal("cuda:0")).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    done.set()
+    thread.join()
+    with open(reading) as pipe:
+        assert "forked from one that had used CUDA" in pipe.read()
+    os.waitpid(child, 0)
+    assert select_device("cuda:0").index == 0  # of the parent nothing was forgotten
+    assert imitation.kernels_run == 1
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_that_all_kernels_are_compiled_anew_is_said(
+    is_there: bool, imitated: Callable[..., Imitation], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    if is_there:
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "1234.cubin").touch()
+    imitated(10)
+    select_device("cuda:0")
+    said = [record.getMessage() for record in caplog.records]
+    assert [f"none are kept in {tmp_path / 'cache'} yet" in line for line in said] == [True] * (not is_there)
+
+
+@pytest.mark.parametrize("name", ["CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "cudaErrorMemoryAllocation: out of memory"])
+def test_a_full_card_is_recognised_by_any_name_and_not_kept(name: str, imitated: Callable[..., Imitation]) -> None:
+    imitation = imitated(10)
+    imitation.fault = raising(RuntimeError(name))
+    assert f"the card has too little free memory (RuntimeError: {name})" in str(refusal())
+    imitation.fault = lambda index: None
+    assert select_device("cuda:0").index == 0
+
+
 def test_too_little_memory_says_so_and_is_not_kept(imitated: Callable[..., Imitation]) -> None:
     imitation = imitated(10)
     imitation.fault = raising(MemoryError("Out of memory allocating 512 bytes"))
@@ -406,10 +492,10 @@ def test_a_wrong_result_is_not_accepted(
 
 
 def test_an_unknown_failure_keeps_its_own_words(imitated: Callable[..., Imitation]) -> None:
-    error = RuntimeError("cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy or unavailable")
+    error = RuntimeError("cudaErrorLaunchFailure: unspecified launch failure")
     imitated(10).fault = raising(error)
     refused = refusal()
-    assert "CuPy fails (RuntimeError: cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy" in str(refused)
+    assert "CuPy fails (RuntimeError: cudaErrorLaunchFailure: unspecified launch failure)" in str(refused)
     assert refused.__cause__ is error
 
 

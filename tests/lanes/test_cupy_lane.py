@@ -194,6 +194,33 @@ def test_a_product_that_is_one_number_does_not_overflow_in_float16():
     assert float(linear_forward(X, W)[0, 0]) == 0  # of 90,000, which no float16 is
 
 
+def test_parts_of_a_split_product_are_not_added_up_in_float16():
+    products = pytest.importorskip("anyarray_linear.lanes.cupy.products")
+    cublas = pytest.importorskip("cupy_backends.cuda.libs.cublas")
+    with pytest.importorskip("cupy").cuda.Device(0):
+        handle = products._handle(0)
+    disallow_reduced_precision_reduction = 16  # of cublasMath_t
+    assert cublas.getMathMode(handle.ptr) & disallow_reduced_precision_reduction
+
+
+@on_cuda
+def test_threads_that_make_the_row_of_ones_at_once_share_one(backend, monkeypatch):
+    products, cupy = pytest.importorskip("anyarray_linear.lanes.cupy.products"), pytest.importorskip("cupy")
+    monkeypatch.setattr(products, "_ones", {})
+    made, ones = [], cupy.ones
+
+    def overtaken(*arguments):
+        if not made:  # another thread wants the same row, and has it first
+            made.append(None)
+            made.append(products.ones_row(5, np.dtype("f")))
+        return ones(*arguments)
+
+    monkeypatch.setattr(cupy, "ones", overtaken)
+    with backend.computing():
+        mine = products.ones_row(5, np.dtype("f"))
+        assert mine.data.ptr == made[1].data.ptr == products.ones_row(7, np.dtype("f")).data.ptr
+
+
 # activations
 
 ACTIVATIONS = [ReLU(), Tanh(), Sigmoid(), SiLU(), GELU(), GELU("tanh")]

@@ -160,12 +160,12 @@ def ones_row(count: int, dtype: Any) -> Array:
     """
     capacity = 1 << max(10, (count - 1).bit_length())
     key = cupy.cuda.runtime.getDevice(), dtype.char, capacity
-    row = _ones.get(key)
+    row: Array = _ones.get(key)
     if row is None:
         with cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc):  # not from a pool that goes before the row
             row = cupy.ones((1, capacity), dtype)
         cupy.cuda.get_current_stream().synchronize()  # once: from now on any stream may read it
-        _ones[key] = row
+        row = _ones.setdefault(key, row)  # another thread may have been faster, and its row is in use
     return row[:, :count]
 
 

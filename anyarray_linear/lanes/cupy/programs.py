@@ -15,9 +15,10 @@ def raw() -> Iterator[tuple[str, str, Any]]:
     """What it is, the dtype's character, and the `RawKernel`, which is not compiled yet. Some programs come twice."""
     for dtype in TYPES:
         for kind in activations._FORWARD:
-            yield kind.__name__, dtype, activations._forward(kind, dtype)
-            yield f"{kind.__name__} gradient", dtype, activations._backward(kind, dtype)
-            yield f"bias and {kind.__name__}", dtype, activations._bias(kind, dtype)
+            what = getattr(kind, "__name__", kind)
+            yield what, dtype, activations._forward(kind, dtype)
+            yield f"{what} gradient", dtype, activations._backward(kind, dtype)
+            yield f"bias and {what}", dtype, activations._bias(kind, dtype)
         yield "bias", dtype, activations._bias(None, dtype)
         for ids in (None, *map(np.dtype, losses._IDS)):
             what = "cross entropy of rows" if ids is None else f"cross entropy of {ids}"
