@@ -13,10 +13,21 @@ from typing import Any, Protocol, runtime_checkable
 from array_api_compat import is_torch_array
 
 from . import metrics
-from .arrays.checks import check_alike, check_array, check_float, check_place, check_shape, describe
-from .arrays.device import Device
+from .arrays.checks import check_alike, check_array, check_float, check_place, check_shape
 from .arrays.numbers import real
 from .arrays.place import Array, Namespace, device_of, dtype_name, place_of
+from .averages import (
+    as_loss,
+    as_row,
+    is_whole,
+    numbers_per_column,
+    reciprocal,
+    scaled_sum,
+    shares,
+    total,
+    weight_of_elements,
+    weights_of_rows,
+)
 from .metrics import Parts
 
 
@@ -91,8 +102,8 @@ class SoftmaxCrossEntropy:
     def __init__(
         self, class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0, ignore_id: int | None = None
     ) -> None:
-        self.class_weights = None if class_weights is None else _weights_of("class_weights", class_weights)
-        self.label_smoothing = real("label_smoothing", label_smoothing, high=1.0)
+        self.class_weights = None if class_weights is None else numbers_per_column("class_weights", class_weights)
+        self.label_smoothing = real("label_smoothing", label_smoothing, below=1.0)
         if ignore_id is not None and (isinstance(ignore_id, bool) or not isinstance(ignore_id, int)):
             raise TypeError(f"ignore_id is {ignore_id!r}; give a class id, an int, or None")
         self.ignore_id = ignore_id
@@ -111,10 +122,14 @@ class SoftmaxCrossEntropy:
         """
         _check_logits(Z)
         if _target_is_ids(Z, target):
-            if place_of(target).reads_freely:
-                self.check_ids(target, Z.shape[-1])
+            place = place_of(target)
+            if place.dtype_name == "bool":  # an index of bools would be a mask
+                with place.entered() as xp:
+                    target = xp.astype(target, xp.int32)
+            elif place.reads_freely:
+                self.check_ids(target, Z.shape[-1], self.ignore_id)
         elif self.ignore_id is not None:
-            raise ValueError(f"ignore_id is {self.ignore_id}, but target has rows of probabilities; ids can be ignored, rows not")
+            raise ValueError(f"ignore_id is {self.ignore_id}, but target has rows of probabilities; only ids can be ignored")
         if weights is None and self.is_plain:
             loss, P = place_of(Z).run(cross_entropy, Z, target)
             return loss, {"P": P, "T": target}
@@ -135,29 +150,31 @@ class SoftmaxCrossEntropy:
         return place_of(Z).run(targets_of_cross_entropy, Z, target, *self._options(Z, weights))[1]
 
     def _options(self, Z: Array, weights: Array | None) -> tuple[Any, ...]:
-        classes = None if self.class_weights is None else _there("class_weights", self.class_weights, Z)
-        return _rows_weights(Z, weights, Z.ndim - 1), classes, self.label_smoothing, self.ignore_id
+        classes = None if self.class_weights is None else as_row("class_weights", self.class_weights, Z)
+        return weights_of_rows(Z, weights, Z.ndim - 1), classes, self.label_smoothing, self.ignore_id
 
     def check(self, target: Array, Z: Array) -> None:
         """Raise `ValueError` for class ids that are no column of `Z`. Reads values."""
-        if not place_of(target).is_floating and target.ndim == Z.ndim - 1:
-            self.check_ids(target, Z.shape[-1])
+        if is_whole(place_of(target)) and target.ndim == Z.ndim - 1:
+            self.check_ids(target, Z.shape[-1], self.ignore_id)
 
     def metrics(self, Z: Array, target: Array) -> Mapping[str, Array]:
         """The rows whose largest output is that of the target, and how often each class is the target."""
-        return place_of(Z).run(metrics.of_classes, Z, target, self.ignore_id)
+        found: dict[str, Array] = place_of(Z).run(metrics.of_classes, Z, target, self.ignore_id)
+        return found
 
     def scores(self, parts: Parts, rows: Any) -> dict[str, float]:
         """`accuracy`, and `baseline_accuracy`: that of always saying the most frequent class."""
         return metrics.class_scores(parts)
 
-    def check_ids(self, target: Array, classes: int) -> None:
+    @staticmethod
+    def check_ids(target: Array, classes: int, ignore_id: int | None = None) -> None:
         """Raise `ValueError` unless every class id is in `0..classes-1`. Reads values: costs a wait on a GPU."""
         if 0 in target.shape or place_of(target).dtype_name == "bool":
             return
-        if self.ignore_id is not None:
+        if ignore_id is not None:
             with place_of(target).entered() as xp:
-                target = xp.where(target == self.ignore_id, xp.zeros_like(target), target)
+                target = xp.where(target == ignore_id, xp.zeros_like(target), target)
         low, high = place_of(target).run(range_of, target)
         if low < 0 or high >= classes:
             raise ValueError(
@@ -165,48 +182,13 @@ class SoftmaxCrossEntropy:
             )
 
     def __repr__(self) -> str:
-        return _shown(self, class_weights=None, label_smoothing=0.0, ignore_id=None)
+        return shown_with_options(self, class_weights=None, label_smoothing=0.0, ignore_id=None)
 
 
-def _shown(loss: Any, **defaults: Any) -> str:
+def shown_with_options(loss: Any, **defaults: Any) -> str:
     """Its `repr`: the options that are not as by default."""
     options = (f"{name}={value!r}" for name, default in defaults.items() if (value := getattr(loss, name)) != default)
     return f"{type(loss).__name__}({', '.join(options)})"
-
-
-def _weights_of(name: str, values: Any) -> tuple[float, ...]:
-    """Weights per class or label as Python floats."""
-    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
-        raise TypeError(f"{name} is {describe(values)}; give a sequence of numbers, one for each column of Z, in their order")
-    if hasattr(values, "dtype"):
-        values = Device.of(values).to_numpy(values)
-    if getattr(values, "ndim", 1) != 1 or not len(values):
-        raise ValueError(f"{name} has shape {getattr(values, 'shape', '(0,)')}; give one number for each column of Z")
-    return tuple(real(f"{name}[{i}]", value) for i, value in enumerate(values))
-
-
-def _there(name: str, values: tuple[float, ...], Z: Array) -> Array:
-    """`values` where `Z` is and in its dtype, one for each of its columns."""
-    if len(values) != Z.shape[-1]:
-        raise ValueError(f"{name} has {len(values)} numbers, but Z has {Z.shape[-1]} columns (shape {tuple(Z.shape)})")
-    place = place_of(Z)
-    with place.entered() as xp:
-        return xp.asarray(values, dtype=Z.dtype, device=place.device)
-
-
-def _rows_weights(Z: Array, weights: Array | None, most: int) -> Array | None:
-    """The weights of samples, with axes of size 1 for those of `Z` that they have not; `most` axes at most."""
-    if weights is None:
-        return None
-    check_array("weights", weights)
-    check_place("Z", Z, "weights", weights)
-    shape, place = tuple(weights.shape), place_of(weights)
-    if len(shape) > most or shape != tuple(Z.shape[: len(shape)]) or (not shape and most):
-        raise ValueError(f"weights has shape {shape} but must have {tuple(Z.shape[:1])}, one number for each row of Z")
-    if place.is_floating and weights.dtype != Z.dtype:
-        raise TypeError(f"weights is {place.dtype_name} but Z is {dtype_name(Z.dtype)}; cast it with xp.astype(weights, Z.dtype)")
-    with place.entered() as xp:
-        return xp.reshape(xp.astype(weights, Z.dtype, copy=False), (*shape, *[1] * (Z.ndim - len(shape))))
 
 
 def _check_logits(Z: Array) -> None:
@@ -219,12 +201,12 @@ def _check_logits(Z: Array) -> None:
 def _target_is_ids(Z: Array, target: Array) -> bool:
     """Whether `target` holds class ids and not rows; raises if it fits neither."""
     place, here = place_of(target), place_of(Z)
-    if (place.integral or place.dtype_name == "bool") and place.xp is here.xp and place.device == here.device and target.shape == Z.shape[:-1]:
+    if is_whole(place) and place.xp is here.xp and place.device == here.device and target.shape == Z.shape[:-1]:
         return True
     check_array("target", target)
     check_place("Z", Z, "target", target)
     if tuple(target.shape) == tuple(Z.shape):
-        if place.is_floating and target.dtype != Z.dtype:
+        if not is_whole(place) and target.dtype != Z.dtype:
             raise TypeError(
                 f"target is {place.dtype_name} but Z is {dtype_name(Z.dtype)}; cast it with xp.astype(target, Z.dtype)"
             )
@@ -234,7 +216,7 @@ def _target_is_ids(Z: Array, target: Array) -> bool:
             f"target has shape {tuple(target.shape)} but Z has {tuple(Z.shape)}; give class ids of shape "
             f"{tuple(Z.shape[:-1])}, or rows of the shape of Z"
         )
-    if place.is_floating:
+    if not is_whole(place):
         raise TypeError(
             f"target is {place.dtype_name}, but class ids are integers; cast them with xp.astype(target, xp.int64)"
         )
@@ -254,7 +236,7 @@ def cross_entropy(xp: Namespace, Z: Array, target: Array) -> tuple[Array, Array]
     shifted, E, S = _exponentials(xp, Z)
     # a class of probability 0 adds 0 to the loss, also when its logit is -inf
     terms = T * (xp.log(S) - xp.where(T == 0, 0.0, shifted))
-    return _sum(xp, terms, reciprocal(math.prod(Z.shape[:-1]))), E / S
+    return scaled_sum(xp, terms, reciprocal(math.prod(Z.shape[:-1]))), E / S
 
 
 def cross_entropy_gradient(xp: Namespace, P: Array, target: Array) -> Array:
@@ -277,7 +259,7 @@ def weighted_cross_entropy(
     V, S = targets_of_cross_entropy(xp, Z, target, weights, class_weights, smoothing, ignore_id)
     shifted, E, sums = _exponentials(xp, Z)
     terms = V * (xp.log(sums) - xp.where(V == 0, 0.0, shifted))
-    return xp.astype(_total(xp, terms) / S, Z.dtype, copy=False), E / sums, V, S
+    return as_loss(xp, total(xp, terms) / S, Z), E / sums, V, S
 
 
 def targets_of_cross_entropy(
@@ -291,8 +273,8 @@ def targets_of_cross_entropy(
 ) -> tuple[Array, Array]:
     """How much each column of each row counts, `V`, and what the mean divides by, `S`.
 
-    With `T` the target as rows, smoothed, `w` the weights of classes and `s` those of samples: `V_ic = s_i w_c T_ic`. For class
-    ids `S` is the sum of `s_i w_id(i)`, for rows of probabilities that of `s_i`: PyTorch's definitions.
+    With `T` the target as rows, smoothed, `w` the weights of classes and `s` those of samples: `V_ic = s_i w_c T_ic`. For
+    class ids `S` is the sum of `s_i w_id(i)`, for rows of probabilities that of `s_i`: PyTorch's definitions.
     """
     ids = target.ndim < Z.ndim
     if ignore_id is not None:
@@ -311,7 +293,7 @@ def targets_of_cross_entropy(
     V = T * each
     if ids and class_weights is not None:
         each = each * xp.sum(hard * class_weights, axis=-1, keepdims=True)
-    return V, _total(xp, each)
+    return V, total(xp, each)
 
 
 def weighted_cross_entropy_gradient(xp: Namespace, P: Array, V: Array, S: Array) -> Array:
@@ -341,23 +323,6 @@ def _onehot(xp: Any, ids: Array, Z: Array) -> Array:
     return xp.where((ids < 0) | (ids >= Z.shape[-1]), math.nan, T)
 
 
-def _sum(xp: Namespace, terms: Array, factor: float) -> Array:
-    """The sum of `terms` times `factor`, a 0-d array. The mean of 65,536 float16 numbers is one, their sum is not."""
-    if dtype_name(terms.dtype) == "float16":
-        return xp.astype(xp.sum(terms, dtype=xp.float32) * factor, terms.dtype)
-    return xp.asarray(xp.sum(terms) * factor)
-
-
-def _total(xp: Namespace, terms: Array) -> Array:
-    """The sum of `terms`, a 0-d array; of float16 in float32."""
-    return xp.asarray(xp.sum(terms, dtype=xp.float32 if dtype_name(terms.dtype) == "float16" else terms.dtype))
-
-
-def reciprocal(count: int) -> float:
-    """`1 / count`; the mean of nothing is NaN, as everywhere in the field."""
-    return 1 / count if count else math.nan
-
-
 class MeanSquaredError:
     """`loss = mean (Z - target)^2` over all elements, as PyTorch's `MSELoss`.
 
@@ -379,11 +344,11 @@ class MeanSquaredError:
 
         Raises `ValueError` for a target of another shape, which broadcasting would turn into a wrong loss.
         """
-        target = _elements(Z, target)
+        target = elements_of(Z, target)
         if weights is None:
             loss, D = place_of(Z).run(squared_error, Z, target)
             return loss, {"D": D}
-        loss, D, V = place_of(Z).run(weighted_squared_error, Z, target, _rows_weights(Z, weights, Z.ndim))
+        loss, D, V = place_of(Z).run(weighted_squared_error, Z, target, weights_of_rows(Z, weights, Z.ndim))
         return loss, {"D": D, "V": V}
 
     def backward(self, cache: Mapping[str, Array]) -> Array:
@@ -395,11 +360,12 @@ class MeanSquaredError:
 
     def divisor(self, Z: Array, target: Array, weights: Array | None = None) -> Any:
         """What the mean divides by: the number of elements, each counted with its weight."""
-        return _weight_of_elements(Z, weights)
+        return weight_of_elements(Z, weights)
 
     def metrics(self, Z: Array, target: Array) -> Mapping[str, Array]:
         """Sums of squared and absolute errors, and of the target's deviations from its mean."""
-        return place_of(Z).run(metrics.of_numbers, Z, _elements(Z, target))
+        found: dict[str, Array] = place_of(Z).run(metrics.of_numbers, Z, elements_of(Z, target))
+        return found
 
     def scores(self, parts: Parts, rows: Any) -> dict[str, float]:
         """`rmse`, `mae`, `r2`, and `baseline_rmse`: that of always saying the mean."""
@@ -409,74 +375,13 @@ class MeanSquaredError:
         return "MeanSquaredError()"
 
 
-class BinaryCrossEntropy:
-    """Sigmoid and cross-entropy in one, for labels that are each true or not: of logits, as `BCEWithLogitsLoss` of PyTorch.
-
-    `loss = mean -(p T log S + (1 - T) log(1 - S))` over all elements, with `S = sigmoid(Z)`, formed so that no exponential
-    overflows. Its gradient is `dZ = (S (1 + (p - 1) T) - p T) / size`, which without `p` is `(S - T) / size`.
-
-    `forward(Z, target)`: targets in `[0, 1]` of the shape of `Z`, or `(N,)` for a `Z` of `(N, 1)`; integers and bools are cast.
-    positive_weights: `p`, a number per label (the last axis of `Z`), by which its positives count more or less.
-
-    >>> import numpy as np
-    >>> value, cache = BinaryCrossEntropy().forward(np.zeros((1, 2)), np.asarray([[True, False]]))
-    >>> float(value) == float(np.log(2)), BinaryCrossEntropy().backward(cache)
-    (True, array([[-0.25,  0.25]]))
-    """
-
-    def __init__(self, positive_weights: Sequence[float] | None = None) -> None:
-        self.positive_weights = None if positive_weights is None else _weights_of("positive_weights", positive_weights)
-
-    def forward(self, Z: Array, target: Array, weights: Array | None = None) -> tuple[Array, dict[str, Array]]:
-        """`(loss, cache)`; the loss is a 0-d array of the dtype and on the device of `Z`.
-
-        weights: one per sample, `(N,)`; the mean is weighted by them.
-
-        Raises `TypeError` and `ValueError` for a target that does not fit `Z`.
-        """
-        target, p = _elements(Z, target), self.positive_weights
-        here = None if p is None else _there("positive_weights", p, Z)
-        loss, dZ = place_of(Z).run(binary_cross_entropy, Z, target, here, _rows_weights(Z, weights, Z.ndim))
-        return loss, {"dZ": dZ}
-
-    def backward(self, cache: Mapping[str, Array]) -> Array:
-        """`dZ`, of the shape of `Z`."""
-        dZ: Array = cache["dZ"]
-        return dZ
-
-    def divisor(self, Z: Array, target: Array, weights: Array | None = None) -> Any:
-        """What the mean divides by: the number of elements, each counted with its weight."""
-        return _weight_of_elements(Z, weights)
-
-    def check(self, target: Array, Z: Array) -> None:
-        """Raise `ValueError` for targets outside `[0, 1]`. Reads values."""
-        place = place_of(target)
-        if 0 in target.shape or place.dtype_name == "bool":
-            return
-        with place.entered() as xp:
-            low, high = float(xp.min(target)), float(xp.max(target))
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"target has values from {low:g} to {high:g}, but they are to be from 0 (not) to 1 (the label is true)")
-
-    def metrics(self, Z: Array, target: Array) -> Mapping[str, Array]:
-        """The labels that are told right, and how many are positive."""
-        return place_of(Z).run(metrics.of_labels, Z, _elements(Z, target))
-
-    def scores(self, parts: Parts, rows: Any) -> dict[str, float]:
-        """`accuracy` over all labels, and `baseline_accuracy`: that of saying for each label what is more frequent."""
-        return metrics.label_scores(parts, rows)
-
-    def __repr__(self) -> str:
-        return _shown(self, positive_weights=None)
-
-
-def _elements(Z: Array, target: Array) -> Array:
+def elements_of(Z: Array, target: Array) -> Array:
     """The target of a loss that compares element by element, in the shape and dtype of `Z`."""
     place, theirs = place_of(Z), place_of(target)
     if not place.computes:
         check_float("Z", Z)
     if theirs is not place:
-        if theirs.integral or theirs.dtype_name == "bool":
+        if is_whole(theirs):
             check_place("Z", Z, "target", target)
             with theirs.entered() as xp:
                 target = xp.astype(target, Z.dtype)
@@ -489,19 +394,10 @@ def _elements(Z: Array, target: Array) -> Array:
     return target
 
 
-def _weight_of_elements(Z: Array, weights: Array | None) -> Any:
-    """How many elements `Z` has, each counted with the weight of its sample."""
-    if weights is None:
-        return math.prod(Z.shape)
-    W = _rows_weights(Z, weights, Z.ndim)
-    with place_of(Z).entered() as xp:
-        return _total(xp, W) * math.prod(Z.shape[weights.ndim :])
-
-
 def squared_error(xp: Namespace, Z: Array, target: Array) -> tuple[Array, Array]:
     """`mean D^2`, and `D = Z - target`."""
     D = Z - xp.reshape(target, Z.shape)
-    return _sum(xp, D * D, reciprocal(math.prod(Z.shape))), D
+    return scaled_sum(xp, D * D, reciprocal(math.prod(Z.shape))), D
 
 
 def squared_error_gradient(xp: Namespace, D: Array) -> Array:
@@ -512,36 +408,10 @@ def squared_error_gradient(xp: Namespace, D: Array) -> Array:
 def weighted_squared_error(xp: Namespace, Z: Array, target: Array, weights: Array) -> tuple[Array, Array, Array]:
     """`sum_ij V_i D_ij^2`, `D = Z - target` and `V`, the weights of the rows, which sum to 1 over all elements."""
     D = Z - target
-    V = _shares(xp, Z, weights)
-    return xp.astype(_total(xp, V * (D * D)), Z.dtype, copy=False), D, V
+    V = shares(xp, Z, weights)
+    return as_loss(xp, total(xp, V * (D * D)), Z), D, V
 
 
 def weighted_squared_error_gradient(xp: Namespace, D: Array, V: Array) -> Array:
     """`dZ = 2 V D`."""
     return 2.0 * V * D
-
-
-def binary_cross_entropy(
-    xp: Namespace, Z: Array, target: Array, positive_weights: Array | None, weights: Array | None
-) -> tuple[Array, Array]:
-    """The loss, and its gradient by `Z`.
-
-    With `E = exp(-|Z|)`: `-log sigmoid(Z) = max(-Z, 0) + log(1 + E)`, and `-log(1 - sigmoid(Z))` is that of `-Z`.
-    """
-    E = xp.exp(-xp.abs(Z))
-    L = xp.log1p(E)
-    pT = target if positive_weights is None else positive_weights * target
-    each = pT * (xp.maximum(-Z, 0.0) + L) + (1.0 - target) * (xp.maximum(Z, 0.0) + L)
-    sigmoid = xp.where(Z >= 0, 1.0, E) / (1.0 + E)
-    dZ = sigmoid * (1.0 - target + pT) - pT
-    if weights is None:
-        factor = reciprocal(math.prod(Z.shape))
-        return _sum(xp, each, factor), dZ * factor
-    V = _shares(xp, Z, weights)
-    return xp.astype(_total(xp, V * each), Z.dtype, copy=False), V * dZ
-
-
-def _shares(xp: Namespace, Z: Array, weights: Array) -> Array:
-    """What part of the mean each element of `Z` is, with an axis of size 1 for those along which that is the same."""
-    per_weight = math.prod(Z.shape) // max(1, math.prod(weights.shape))
-    return xp.astype(weights / (_total(xp, weights) * float(per_weight)), Z.dtype, copy=False)
