@@ -4,17 +4,19 @@ The same lines run on NumPy arrays on a CPU, on CuPy arrays on a CUDA GPU, and o
 layer: activations, a container that catches the caches, losses, optimizers, a training loop and a device-selection helper.
 """
 
+from . import lanes
 from .activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from .arrays.device import Device
 from .arrays.selection import DeviceUnavailableError, select_device
 from .dropout import Dropout
 from .files import CheckpointError, load_checkpoint, load_model, save_checkpoint, save_model
 from .linear import Linear, LinearGradients, linear_backward, linear_forward
-from .losses import MeanSquaredError, SoftmaxCrossEntropy
+from .losses import MeanSquaredError, SoftmaxCrossEntropy, softmax
 from .normalization import LayerNorm
 from .optimizers import SGD, Adam, AdamW
 from .protocol import Layer, restore, snapshot
 from .sequential import Sequential
+from .step import TrainingStep
 from .training import History, NonFiniteError, evaluate, fit, predict
 
 __version__ = "0.1.0"
@@ -41,8 +43,10 @@ __all__ = [
     "Sigmoid",
     "SoftmaxCrossEntropy",
     "Tanh",
+    "TrainingStep",
     "evaluate",
     "fit",
+    "lanes",
     "linear_backward",
     "linear_forward",
     "load_checkpoint",
@@ -53,4 +57,5 @@ __all__ = [
     "save_model",
     "select_device",
     "snapshot",
+    "softmax",
 ]

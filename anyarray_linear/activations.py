@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from .arrays.checks import check_alike, check_float, check_shape, describe
-from .arrays.place import Array, Namespace, computing_on, dtype_name
+from .arrays.place import Array, Namespace, Place, dtype_name, place_of
 from .erf import normal_cdf
-from .lanes import lane
 
 
 class _Activation:
@@ -37,18 +36,19 @@ class _Activation:
         self, dZ: Array, cache: Mapping[str, Array], *, needs_dX: bool = True
     ) -> tuple[Array | None, dict[str, Array]]:
         """`(dX, {})`, or `(None, {})` without `needs_dX`; raises for a `dZ` that does not fit the cache."""
-        if not isinstance(cache, Mapping) or self._kept not in cache:
+        if not (type(cache) is dict or isinstance(cache, Mapping)) or self._kept not in cache:
             raise TypeError(
                 f'cache is {describe(cache)} without "{self._kept}"; pass the second result of this layer\'s forward'
             )
         kept = cache[self._kept]
-        check_alike(self._kept, kept, "dZ", dZ)
-        check_shape("dZ", dZ, tuple(kept.shape), "the shape of Z")
+        place = place_of(kept)
+        if place_of(dZ) is not place or dZ.shape != kept.shape:
+            check_alike(self._kept, kept, "dZ", dZ)
+            check_shape("dZ", dZ, tuple(kept.shape), "the shape of Z")
         if not needs_dX:
             return None, {}
-        with computing_on(kept) as xp:
-            dX = lane(_activation_gradient, xp)(xp, self, dZ, kept)
-            return dX if kept.ndim else xp.asarray(dX), {}  # of 0-d arrays NumPy makes scalars
+        dX = place.run(activation_gradient, self, dZ, kept)
+        return dX if kept.ndim else _array_of(place, dX), {}
 
     def backward(
         self, dZ: Array, cache: Mapping[str, Array], *, accumulate: bool = False, needs_dX: bool = True
@@ -66,21 +66,28 @@ class _Activation:
 
     def __call__(self, X: Array) -> Array:
         """`Z = f(X)`: no cache."""
-        check_float("X", X)
-        with computing_on(X) as xp:
-            Z = lane(_activation, xp)(xp, self, X)
-            return Z if X.ndim else xp.asarray(Z)
+        place = place_of(X)
+        if not place.computes:
+            check_float("X", X)
+        Z = place.run(activation, self, X)
+        return Z if X.ndim else _array_of(place, Z)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
 
-def _activation(xp: Namespace, layer: _Activation, X: Array) -> Array:
+def _array_of(place: Place, x: Any) -> Array:
+    """`x` as an array: of 0-d arrays NumPy makes scalars."""
+    with place.entered() as xp:
+        return xp.asarray(x)
+
+
+def activation(xp: Namespace, layer: _Activation, X: Array) -> Array:
     """`Z = f(X)`."""
     return layer._function(xp, X)
 
 
-def _activation_gradient(xp: Namespace, layer: _Activation, dZ: Array, kept: Array) -> Array:
+def activation_gradient(xp: Namespace, layer: _Activation, dZ: Array, kept: Array) -> Array:
     """`dX = dZ f'(X)`."""
     return layer._derivative(xp, dZ, kept)
 

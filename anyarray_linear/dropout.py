@@ -43,10 +43,9 @@ from typing import Any, Self
 from array_api_compat import is_torch_array
 
 from .arrays.checks import check_float, check_shape, describe
-from .arrays.place import Array, Namespace, computing_on, device_of
+from .arrays.numbers import real
+from .arrays.place import Array, Namespace, device_of, place_of
 from .initializers import layer_seed
-from .lanes import lane
-from .schedules import _real
 
 FACTORS = 0x21F0AAAD, 0x735A2D97
 GOLDEN = 0x9E3779B9
@@ -80,7 +79,7 @@ class Dropout:
     """
 
     def __init__(self, rate: float, seed: Any = None) -> None:
-        self.rate = _real("rate", rate, high=1.0)
+        self.rate = real("rate", rate, below=1.0)
         self.seed = _seed_number(seed)
         self.step = 0
 
@@ -90,9 +89,8 @@ class Dropout:
         with _counting:
             step = self.step
             self.step = step + 1
-        with computing_on(X) as xp:
-            Z, K = lane(dropped, xp)(xp, X, self.rate, *mask_key(self.seed, step))
-            return Z, {"K": K}
+        Z, K = place_of(X).run(dropped, X, self.rate, *mask_key(self.seed, step))
+        return Z, {"K": K}
 
     def gradients(
         self, dZ: Array, cache: Mapping[str, Array], *, needs_dX: bool = True
@@ -105,8 +103,7 @@ class Dropout:
         check_shape("dZ", dZ, tuple(K.shape), "the shape of Z")
         if not needs_dX:
             return None, {}
-        with computing_on(dZ) as xp:
-            return lane(dropped_gradient, xp)(xp, dZ, K, self.rate), {}
+        return place_of(dZ).run(dropped_gradient, dZ, K, self.rate), {}
 
     def backward(
         self, dZ: Array, cache: Mapping[str, Array], *, accumulate: bool = False, needs_dX: bool = True

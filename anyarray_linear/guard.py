@@ -6,11 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from .arrays.device import Device
-from .arrays.place import Array, computing_on, reading_is_free
-from .lanes import lane
+from .arrays.place import Array, place_of
 
 
 class Guard:
@@ -37,38 +34,36 @@ class Guard:
 
     def judge(self, step: int, value: Array, gradients: Iterable[Array], rows: int) -> Array | None:
         """What `optimizer.step` takes as `where`; also adds the loss to the epoch's sum. Steps count from 1."""
-        if reading_is_free(value):
+        place = place_of(value)
+        if place.reads_freely:
             return self._judge_now(step, value, gradients, rows)
-        with computing_on(value) as xp:
+        with place.entered() as xp:
             if isinstance(self.bad, int):  # the first step: from here on, the counts live on the device
-                place = {"device": self.device.native}
-                integer = xp.__array_namespace_info__().default_dtypes(**place)["integral"]
-                self.bad, self.fatal = (xp.asarray(n, dtype=integer, **place) for n in (self.bad, self.fatal))
-            return lane(judged, xp)(xp, self, step, value, gradients, rows)
+                there = {"device": self.device.native}
+                integer = xp.__array_namespace_info__().default_dtypes(**there)["integral"]
+                self.bad, self.fatal = (xp.asarray(n, dtype=integer, **there) for n in (self.bad, self.fatal))
+            return place.operation(judged)(xp, self, step, value, gradients, rows)
 
     def _judge_now(self, step: int, value: Array, gradients: Iterable[Array], rows: int) -> Array | None:
-        value = float(value)
-        with computing_on(next(iter(gradients))) as xp:
-            finite = math.isfinite(value) and all(lane(all_finite, xp)(xp, gradient) for gradient in gradients)
-            if finite and not self.fatal:
-                self.total += value * rows
-                self.rows += rows
-                return None
-            if not self.fatal:
-                self.bad += 1
-                self.fatal = step if self.bad > self.allowed else 0
-            return xp.asarray(False, device=self.device.native)
+        place, value = place_of(value), float(value)
+        if math.isfinite(value) and not self.fatal and all(place.run(all_finite, gradient) for gradient in gradients):
+            self.total += value * rows
+            self.rows += rows
+            return None
+        if not self.fatal:
+            self.bad += 1
+            self.fatal = step if self.bad > self.allowed else 0
+        return place.xp.asarray(False, device=self.device.native)
 
     def read(self) -> tuple[float, int, int, int]:
         """`(total, rows, bad, fatal)` as Python numbers: the one wait for the device in an epoch."""
         if isinstance(self.total, float) and isinstance(self.bad, int):
             return self.total, self.rows, self.bad, self.fatal
-        total, rows, bad, fatal = (float(self.device.to_numpy(self._array(x))) for x in
-                                   (self.total, self.rows, self.bad, self.fatal))
+        total, rows, bad, fatal = (
+            float(self.device.to_numpy(x)) if hasattr(x, "dtype") else float(x)
+            for x in (self.total, self.rows, self.bad, self.fatal)
+        )
         return total, int(rows), int(bad), int(fatal)
-
-    def _array(self, x: Any) -> Array:
-        return x if hasattr(x, "dtype") else self.device.asarray(np.asarray(float(x), dtype=np.float32))
 
 
 def all_finite(xp: Any, x: Array) -> bool:

@@ -40,18 +40,17 @@ may run in many threads at once, and many times in one graph; a container keeps 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
-from .arrays.checks import at_a_glance, check_alike, check_array, check_float, check_shape, describe, surely_alike
+from .arrays.checks import check_alike, check_array, check_float, check_shape, describe
 from .arrays.device import Device
 from .arrays.memory import explained_memory
+from .arrays.numbers import whole
 from .arrays.pickling import pin, unpin
-from .arrays.place import Array, Namespace, computing_on, device_of
+from .arrays.place import Array, Namespace, computing_on, device_of, place_of
 from .arrays.selection import select_device
 from .initializers import draw_parameters
-from .lanes import lane
 from .protocol import store_gradients
 
 
@@ -78,17 +77,17 @@ def linear_forward(X: Array, W: Array, b: Array | None = None) -> Array:
     >>> linear_forward(np.asarray([1.0, 2.0]), np.asarray([[3.0, 4.0]]), np.asarray([[0.5]]))
     array([11.5])
     """
-    xp = at_a_glance(X, W, b)
-    if xp is not None:
-        return lane(_forward, xp)(xp, X, W, b)
-    _check_parameters(W, b)
-    _check_input(X, W)
-    with computing_on(W) as xp:
-        Z = lane(_forward, xp)(xp, _rows(xp, X), W, b)
-        return Z if X.ndim == 2 else xp.reshape(Z, (*X.shape[:-1], W.shape[0]))
+    if not _forward_fits(X, W, b):
+        _check_forward(X, W, b)
+    place = place_of(W)
+    if X.ndim == 2:
+        return place.run(affine, X, W, b)
+    with place.entered() as xp:
+        Z = place.run(affine, _rows(xp, X), W, b)
+        return xp.reshape(Z, (*X.shape[:-1], W.shape[0]))
 
 
-def _forward(xp: Namespace, X: Array, W: Array, b: Array | None) -> Array:
+def affine(xp: Namespace, X: Array, W: Array, b: Array | None) -> Array:
     """`Z = X W^T + b` for an `X` of rows."""
     Z = X @ W.T
     if b is not None:
@@ -111,24 +110,25 @@ def linear_backward(dZ: Array, X: Array, W: Array, *, bias: bool = True, needs_d
     >>> linear_backward(dZ, X, W)
     LinearGradients(dX=array([[30., 40.]]), dW=array([[10., 20.]]), db=array([[10.]]))
     """
-    return LinearGradients(*_gradients(dZ, X, W, bias, needs_dX))
+    if not _backward_fits(dZ, X, W):
+        _check_backward(dZ, X, W)
+    place = place_of(W)
+    if X.ndim == 2:
+        return LinearGradients(*place.run(affine_gradients, dZ, X, W, bias, needs_dX))
+    with place.entered() as xp:
+        dX, dW, db = place.run(affine_gradients, _rows(xp, dZ), _rows(xp, X), W, bias, needs_dX)
+        return LinearGradients(xp.reshape(dX, X.shape) if needs_dX else None, dW, db)
 
 
-def _gradients(dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool) -> tuple[Array | None, Array, Array | None]:
-    """`(dX, dW, db)`, once it is sure that the arrays fit together."""
-    xp = at_a_glance(X, W)
-    if xp is not None and surely_alike(dZ, W) and dZ.shape == (X.shape[0], W.shape[0]):
-        return lane(_backward, xp)(xp, dZ, X, W, bias, needs_dX)  # type: ignore[no-any-return]
-    _check_parameters(W, None)
-    _check_input(X, W)
-    check_alike("W", W, "dZ", dZ)
-    check_shape("dZ", dZ, (*X.shape[:-1], W.shape[0]), "the shape of Z for this X and W")
-    with computing_on(W) as xp:
-        dX, dW, db = lane(_backward, xp)(xp, _rows(xp, dZ), _rows(xp, X), W, bias, needs_dX)
-        return xp.reshape(dX, X.shape) if needs_dX and X.ndim != 2 else dX, dW, db
+def _input_gradient(dZ: Array, X: Array, W: Array) -> Array:
+    """`dX` alone, for a layer whose own gradients nobody wants."""
+    if not _backward_fits(dZ, X, W):
+        _check_backward(dZ, X, W)
+    with place_of(W).entered() as xp:
+        return xp.reshape(_rows(xp, dZ) @ W, X.shape)
 
 
-def _backward(
+def affine_gradients(
     xp: Namespace, dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool
 ) -> tuple[Array | None, Array, Array | None]:
     """`dX = dZ W`, `dW = dZ^T X` and `db = 1^T dZ` for a `dZ` and an `X` of rows."""
@@ -145,6 +145,40 @@ def _rows(xp: Any, X: Array) -> Array:
     return X if X.ndim == 2 else xp.reshape(X, (math.prod(X.shape[:-1]), X.shape[-1]))
 
 
+def _forward_fits(X: Array, W: Array, b: Array | None) -> bool:
+    """Whether a look tells that these may meet; where it says no, `_check_forward` says why."""
+    place = place_of(W)
+    return (
+        place.computes
+        and place_of(X) is place
+        and W.ndim == 2
+        and X.ndim > 0
+        and X.shape[-1] == W.shape[1]
+        and 0 not in W.shape
+        and (b is None or (place_of(b) is place and b.shape == (1, W.shape[0])))
+    )
+
+
+def _backward_fits(dZ: Array, X: Array, W: Array) -> bool:
+    return _forward_fits(X, W, None) and place_of(dZ) is place_of(W) and dZ.shape == (*X.shape[:-1], W.shape[0])
+
+
+def _check_forward(X: Array, W: Array, b: Array | None) -> None:
+    _check_parameters(W, b)
+    check_alike("W", W, "X", X)
+    if X.ndim == 0 or X.shape[-1] != W.shape[1]:
+        raise ValueError(
+            f"X has shape {tuple(X.shape)} but its last axis must be in_features = {W.shape[1]}; "
+            "the batch axes come first"
+        )
+
+
+def _check_backward(dZ: Array, X: Array, W: Array) -> None:
+    _check_forward(X, W, None)
+    check_alike("W", W, "dZ", dZ)
+    check_shape("dZ", dZ, (*X.shape[:-1], W.shape[0]), "the shape of Z for this X and W")
+
+
 def _check_parameters(W: Array, b: Array | None) -> None:
     check_float("W", W)
     if W.ndim != 2 or 0 in W.shape:
@@ -154,33 +188,12 @@ def _check_parameters(W: Array, b: Array | None) -> None:
         check_shape("b", b, (1, W.shape[0]), "(1, out_features) of W")
 
 
-def _check_input(X: Array, W: Array) -> None:
-    check_alike("W", W, "X", X)
-    if X.ndim == 0 or X.shape[-1] != W.shape[1]:
-        raise ValueError(
-            f"X has shape {tuple(X.shape)} but its last axis must be in_features = {W.shape[1]}; "
-            "the batch axes come first"
-        )
-
-
 def _safe_to_share(x: Array) -> Array:
     """`x`, or a copy of it where it is a view: an optimizer may own what it is a view of, and write there at each step."""
     if getattr(x, "base", None) is None:
         return x
     with computing_on(x) as xp:
         return xp.asarray(x, copy=True)
-
-
-def _check_size(name: str, size: int) -> int:
-    try:
-        number = None if isinstance(size, bool) else operator.index(size)
-    except TypeError:
-        number = None
-    if number is None:
-        raise TypeError(f"{name} is {size!r}, a {type(size).__name__}; it must be an int >= 1")
-    if number < 1:
-        raise ValueError(f"{name} is {number}; it must be an int >= 1")
-    return number
 
 
 class Linear:
@@ -211,6 +224,8 @@ class Linear:
     b: Array | None
     dW: Array | None
     db: Array | None
+    trainable = True
+    """Assign `False` to freeze the layer: no product for its gradients, no update."""
 
     def __init__(
         self,
@@ -223,7 +238,7 @@ class Linear:
         device: Any = None,
         seed: Any = None,
     ) -> None:
-        shape = _check_size("out_features", out_features), _check_size("in_features", in_features)
+        shape = whole("out_features", out_features), whole("in_features", in_features)
         place = select_device("cpu" if device is None else device)
         dtype = place.dtype(dtype)
         with explained_memory(place, 'make the layer smaller, use another device, or dtype="float32"'):
@@ -298,7 +313,9 @@ class Linear:
         """
         if not (type(cache) is dict or isinstance(cache, Mapping)) or "X" not in cache:
             raise TypeError(f'cache is {describe(cache)} without "X"; pass the second result of this layer\'s forward')
-        dX, dW, db = _gradients(dZ, cache["X"], self.W, self.b is not None, needs_dX)
+        if not self.trainable:
+            return _input_gradient(dZ, cache["X"], self.W) if needs_dX else None, {}
+        dX, dW, db = linear_backward(dZ, cache["X"], self.W, bias=self.b is not None, needs_dX=needs_dX)
         return dX, {"W": dW} if db is None else {"W": dW, "b": db}
 
     def backward(
@@ -309,10 +326,7 @@ class Linear:
         Raises as `gradients`; nothing is stored then.
         """
         dX, gradients = self.gradients(dZ, cache, needs_dX=needs_dX)
-        if accumulate or len(gradients) > 2:  # a subclass may have more parameters
-            store_gradients(self, gradients, accumulate=accumulate)
-        else:
-            self.dW, self.db = gradients["W"], gradients.get("b")
+        store_gradients(self, gradients, accumulate=accumulate)
         return dX
 
     def parameters(self) -> dict[str, Array]:

@@ -41,12 +41,11 @@ import numpy as np
 from .arrays.checks import check_alike, check_float, check_shape, describe
 from .arrays.device import Device
 from .arrays.memory import explained_memory
+from .arrays.numbers import real
 from .arrays.pickling import pin, unpin
-from .arrays.place import Array, Namespace, computing_on, device_of, dtype_name
+from .arrays.place import Array, Namespace, computing_on, device_of, dtype_name, place_of
 from .arrays.selection import select_device
-from .lanes import lane
 from .protocol import store_gradients
-from .schedules import _real
 
 
 class LayerNorm:
@@ -77,7 +76,7 @@ class LayerNorm:
             count = None
         if count is None or count < 1:
             raise (TypeError if count is None else ValueError)(f"features is {features!r}; it must be an int >= 1")
-        self.eps = _real("eps", eps)
+        self.eps = real("eps", eps)
         place = select_device("cpu" if device is None else device)
         dtype = place.dtype(dtype)
         with explained_memory(place, "use another device"):
@@ -105,9 +104,8 @@ class LayerNorm:
         Raises `TypeError` and `ValueError` for an `X` that does not fit the layer.
         """
         self._check(X)
-        with computing_on(X) as xp:
-            Z, H, R = lane(normalized, xp)(xp, X, self.W, self.b, self.eps)
-            return Z, {"H": H, "R": R}
+        Z, H, R = place_of(X).run(normalized, X, self.W, self.b, self.eps)
+        return Z, {"H": H, "R": R}
 
     def gradients(
         self, dZ: Array, cache: Mapping[str, Array], *, needs_dX: bool = True
@@ -119,9 +117,8 @@ class LayerNorm:
         check_alike("W", self.W, "dZ", dZ)
         check_shape("dZ", dZ, tuple(H.shape), "the shape of Z")
         check_shape("W", self.W, (H.shape[-1],), "the features of the cache")
-        with computing_on(dZ) as xp:
-            dX, dW, db = lane(normalized_gradients, xp)(xp, dZ, H, R, self.W, needs_dX)
-            return dX, {"W": dW, "b": db}
+        dX, dW, db = place_of(dZ).run(normalized_gradients, dZ, H, R, self.W, needs_dX)
+        return dX, {"W": dW, "b": db}
 
     def backward(
         self, dZ: Array, cache: Mapping[str, Array], *, accumulate: bool = False, needs_dX: bool = True
@@ -154,8 +151,7 @@ class LayerNorm:
     def __call__(self, X: Array) -> Array:
         """`Z`: no cache."""
         self._check(X)
-        with computing_on(X) as xp:
-            return lane(normalized, xp)(xp, X, self.W, self.b, self.eps)[0]
+        return place_of(X).run(normalized, X, self.W, self.b, self.eps)[0]
 
     def _check(self, X: Array) -> None:
         check_float("X", X)

@@ -1,82 +1,106 @@
 """Optimizers: SGD, Adam and AdamW, with PyTorch's definitions.
 
-A rule is a few lines of Array API code that turn a parameter, its gradient and its moments into the new ones. Around the
-rules there is one `step` for all of them: check, clip, update, and only then assign, so that nothing is half done when
-something is wrong. Hyper-parameters are Python floats: a NumPy scalar would turn float32 arrays into float64 ones.
+A rule is a few lines of Array API code that turn a parameter, its gradient and its moments into the new ones, and the Python
+floats that these lines take, worked out once per step. What binds an optimizer to a model is in `binding`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
-from .arrays.checks import check_alike, check_array, check_place, check_shape, describe, surely_alike
-from .arrays.device import Device
+from .arrays.checks import check_array, check_place
+from .arrays.numbers import real
 from .arrays.pickling import pin, unpin
-from .arrays.place import Array, Namespace, computing_on, dtype_name
-from .lanes import lane
-from .protocol import join, leaves, stored_gradients
-from .schedules import _real
-
-Moments = dict[str, Array]
-Places = Mapping[str, tuple[Any, str]]
-"""Where each parameter lives: by its full name, its layer and attribute."""
+from .arrays.place import Array, Namespace, computing_on, dtype_name, place_of
+from .binding import Binding, Moments
+from .protocol import stored_gradients
 
 
-class _Last:
-    """What an optimizer's last step found and left: a model that is still as it was need not be checked again."""
+class _Real:
+    """A hyper-parameter that is a real number in `[low, below)`: checked, and made a Python float, when assigned."""
 
-    def __init__(self, model: Any, leaves: list[tuple[str, Any]], places: Places) -> None:
-        self.model, self.leaves, self.places = model, leaves, places
-        self.parameters: list[Array] = []
+    def __init__(self, below: float = math.inf) -> None:
+        self.below = below
 
-    def now(self) -> list[Array]:
-        """The parameters, as the layers have them."""
-        return [getattr(layer, p) for layer, p in self.places.values()]
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
 
-    def surely_fits(self, model: Any, gradients: Any) -> bool:
-        """Whether a glance tells that nothing was assigned since, and that these are the gradients."""
-        if model is not self.model or type(gradients) is not dict or len(gradients) != len(self.places):
-            return False
-        if leaves(model) != self.leaves:
-            return False
-        for name, W, W_now in zip(self.places, self.parameters, self.now(), strict=True):
-            dW: Array = gradients.get(name)
-            if W is not W_now or not surely_alike(dW, W) or dW.shape != W.shape:
-                return False
-        return True
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else optimizer.__dict__[self.name]
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        optimizer.__dict__[self.name] = self.checked(value)
+
+    def checked(self, value: Any) -> Any:
+        return real(self.name, value, below=self.below)
 
 
-class _Optimizer:
-    """What all rules share: the learning rate, clipping, the moments, and the step."""
+class _Rate(_Real):
+    """A learning rate: a number, or a schedule."""
+
+    def checked(self, value: Any) -> Any:
+        return value if callable(value) else super().checked(value)
+
+
+class _Norm(_Real):
+    """The norm to clip at: a number above 0, or `None`."""
+
+    def checked(self, value: Any) -> Any:
+        if value is None:
+            return None
+        norm = super().checked(value)
+        if norm == 0:
+            raise ValueError("clip_norm is 0, which would stop all training; give a norm greater than 0, or None")
+        return norm
+
+
+class _Betas(_Real):
+    """The memories of two running means."""
+
+    def checked(self, value: Any) -> Any:
+        if isinstance(value, (str, Mapping)) or not hasattr(value, "__getitem__") or len(value) != 2:
+            raise ValueError(f"betas is {value!r}; it must be two numbers, such as (0.9, 0.999)")
+        return real("betas[0]", value[0], 0.0, 1.0), real("betas[1]", value[1], 0.0, 1.0)
+
+
+class Optimizer:
+    """What all rules share: the learning rate, clipping, the moments, and the step.
+
+    A rule of one's own gives `moment_names`, `scalars` and `update`.
+    """
+
+    lr = _Rate()
+    weight_decay = _Real()
+    clip_norm = _Norm()
+
+    def __init__(self, lr: float | Callable[[int], float], weight_decay: float, clip_norm: float | None) -> None:
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.clip_norm = clip_norm
+        self.steps = 0
+        self.bound: Binding | None = None
+        self._loaded: dict[str, Moments] = {}  # moments of a state that has no model yet
+        self._model: Any = None
 
     @property
     def moment_names(self) -> tuple[str, ...]:
         """The names of the running means that each parameter has."""
         return ()
 
-    def __init__(self, lr: float | Callable[[int], float], weight_decay: float, clip_norm: float | None) -> None:
-        self.lr = lr if callable(lr) else _real("lr", lr)
-        self.weight_decay = _real("weight_decay", weight_decay)
-        self.clip_norm = None if clip_norm is None else _real("clip_norm", clip_norm)
-        if self.clip_norm == 0:
-            raise ValueError("clip_norm is 0, which would stop all training; give a norm greater than 0, or None")
-        self.steps = 0
-        self._model: Any = None
-        self._moments: dict[str, Moments] = {}
-        self._last: _Last | None = None
+    def scalars(self, lr: float, t: int) -> Any:
+        """What `update` takes at step `t`, counted from 1, with the learning rate `lr`: a tuple of Python numbers."""
+        raise NotImplementedError
 
-    def _update(
-        self, xp: Namespace, W: Array, dW: Array, moments: Moments, lr: float, t: int
-    ) -> tuple[Array, Moments]:
-        """The new parameter and moments at step `t`, counted from 1; writes to none of its arguments."""
+    def update(self, xp: Namespace, W: Array, dW: Array, moments: Moments, by: Any) -> tuple[Array, Moments]:
+        """The new parameter and moments, with `by` of `scalars`; writes to none of its arguments."""
         raise NotImplementedError
 
     def learning_rate(self, step: int | None = None) -> float:
         """The learning rate of `step`, counted from 0; by default of the step that comes next."""
-        lr = self.lr(self.steps if step is None else step) if callable(self.lr) else self.lr
-        return _real("lr", lr)
+        lr = self.lr
+        return real("lr", lr(self.steps if step is None else step)) if callable(lr) else lr
 
     def step(self, model: Any, grads: Mapping[str, Array] | None = None, *, where: Array | None = None) -> None:
         """Update every parameter of `model` once.
@@ -90,114 +114,59 @@ class _Optimizer:
         gradient that is missing, unknown, or of another shape, dtype or device than its parameter, and for a wrong `where`.
         """
         gradients = stored_gradients(model) if grads is None else grads
-        last, moments, lr = self._last, self._moments, self.learning_rate()
-        if last is None or not last.surely_fits(model, gradients):
-            places = self._places(model)
-            parameters = {name: getattr(layer, p) for name, (layer, p) in places.items()}
-            self._check(parameters, gradients)
-            moments = self._checked_moments(parameters)
-            last = _Last(model, leaves(model), places)
-        if where is not None:
+        by = self.scalars(self.learning_rate(), self.steps + 1)
+        bound = self.bind(model, gradients)
+        if where is not None and (place_of(where) is not bound.switch_place or where.shape != ()):
             check_array("where", where)
-            check_place("the model", next(iter(gradients.values())), "where", where)
+            check_place("the model", bound.parameters[0], "where", where)
             if where.shape != () or dtype_name(where.dtype) != "bool":
                 raise ValueError(f"where is {dtype_name(where.dtype)} of shape {tuple(where.shape)}; it must be a 0-d bool")
-        before = self._moments, self.steps
-        self._moments, self.steps = moments, self.steps + 1
-        try:
-            with computing_on(next(iter(gradients.values()))) as xp:
-                lane(_apply, xp)(xp, self, last.places, gradients, lr, where)
-        except Exception:
-            self._moments, self.steps = before
-            raise
-        self._model, self._last = model, last
-        last.parameters = last.now()
+            bound.switch_place = place_of(where)
+        bound.place.run(apply_update, self, bound, gradients, by, where)
+        self.bound, self._model, self._loaded = bound, model, {}
+        self.steps += 1
+        bound.remember()
 
-    def _places(self, model: Any) -> Places:
-        """Where each parameter lives: its layer and attribute."""
+    def bind(self, model: Any, gradients: Mapping[str, Array | None] | None = None) -> Binding:
+        """What binds this optimizer to `model`, as the model is now: parameters that were assigned since are in it.
+
+        gradients: if given, checked against the parameters. Nothing is changed until the step is applied. Raises as `step`.
+        """
+        bound = self.bound
         if self._model is not None and model is not self._model:
             raise ValueError(
                 f"this {type(self).__name__} belongs to the model it stepped first; make a new optimizer for another model"
             )
-        places = {join(name, p): (layer, p) for name, layer in leaves(model) for p in layer.parameters()}
-        if not places:
-            raise ValueError(f"model is {model!r:.80}, which has no parameters to update")
-        return places
+        if bound is None:
+            bound = Binding.first(model, self.moment_names, self._loaded)
+        elif not bound.is_as_left(self.moment_names):
+            bound = bound.anew(self.moment_names)
+        if gradients is not None:
+            bound.check(gradients)
+        return bound
 
-    @staticmethod
-    def _check(parameters: Mapping[str, Array], gradients: Mapping[str, Array | None]) -> None:
-        if not isinstance(gradients, Mapping):
-            raise TypeError(f"grads is a {type(gradients).__name__}; pass the second result of model.gradients")
-        missing = [name for name in parameters if gradients.get(name) is None]
-        if missing:
-            raise ValueError(
-                f"no gradient for {', '.join(missing)}; call model.backward first, or pass model.gradients' result"
-            )
-        if len(gradients) != len(parameters):
-            unknown = [name for name in gradients if name not in parameters]
-            raise ValueError(f"grads has {', '.join(unknown)}, but the parameters are {', '.join(parameters)}")
-        first = next(iter(parameters))
-        for name, W in parameters.items():
-            dW = gradients[name]
-            check_alike(first, parameters[first], name, W)
-            if not surely_alike(dW, W):
-                check_alike(f"the parameter {name}", W, f"the gradient of {name}", dW)
-            if dW.shape != W.shape:
-                check_shape(f"the gradient of {name}", dW, tuple(W.shape), "the shape of its parameter")
-
-    def _checked_moments(self, parameters: Mapping[str, Array]) -> dict[str, Moments]:
-        """The moments, zero at first; those of a loaded state where the parameters are."""
-        if not self._moments:
-            return {name: self._zeros(W) for name, W in parameters.items()}
-        if self._model is not None:
-            self._check_unchanged(parameters)
-            return self._moments
-        if set(self._moments) != set(parameters):
-            raise ValueError(
-                f"the loaded state is for {', '.join(self._moments)}, but the model has {', '.join(parameters)}"
-            )
-        loaded: dict[str, Moments] = {}
-        for name, W in parameters.items():
-            place = Device.of(W)
-            loaded[name] = {m: place.asarray(moment, dtype=W.dtype) for m, moment in self._moments[name].items()}
-            for m, moment in loaded[name].items():
-                check_shape(f"the loaded {m} of {name}", moment, tuple(W.shape), "the shape of its parameter")
-        return loaded
-
-    def _check_unchanged(self, parameters: Mapping[str, Array]) -> None:
-        if self._moments.keys() != parameters.keys():
-            were, are = ", ".join(self._moments), ", ".join(parameters)
-            raise ValueError(f"the model's parameters were {were} and now are {are}; make a new optimizer")
-        for name, W in parameters.items():
-            for moment in self._moments[name].values():
-                if moment.shape != W.shape or moment.dtype != W.dtype or type(moment) is not type(W):
-                    was, now = (f"{describe(x)}, {dtype_name(x.dtype)} of shape {tuple(x.shape)}" for x in (moment, W))
-                    raise ValueError(f"{name} was {was}, and now is {now}; make a new optimizer")
-
-    def _zeros(self, W: Array) -> Moments:
-        with computing_on(W) as xp:
-            return {m: xp.zeros_like(W) for m in self.moment_names}
+    def moments(self) -> dict[str, Moments]:
+        """The running means of each parameter, by its name; themselves, not copies. Empty before the first step."""
+        return self._loaded if self.bound is None else self.bound.moments
 
     # pickle and deepcopy keep the moments on their device, which CuPy's own pickling does not
     def __getstate__(self) -> dict[str, Any]:
-        state = {**vars(self), "_last": None}
-        state.pop("_flat", None)  # a lane's buffers: made anew
-        state["_moments"] = {name: {m: pin(x) for m, x in moments.items()} for name, moments in self._moments.items()}
-        return state
+        moments = {name: {m: pin(x) for m, x in own.items()} for name, own in self.moments().items()}
+        return {**vars(self), "bound": None, "_loaded": moments}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._moments = {name: {m: unpin(x) for m, x in moments.items()} for name, moments in self._moments.items()}
+        self._loaded = {name: {m: unpin(x) for m, x in own.items()} for name, own in self._loaded.items()}
 
-    def _hyperparameters(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, Any]:
         """The hyper-parameters as a JSON-able dict; an `lr` that is a schedule is not part of it."""
-        own = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "steps"}
+        own = {name: value for name, value in vars(self).items() if name not in ("steps", "bound") and name[0] != "_"}
         return {name: value for name, value in own.items() if not callable(value)}
 
     def state_dict(self) -> dict[str, Any]:
         """`{"rule", "steps", "hyperparameters", "moments"}`; the moments are copies, by parameter name, on their device."""
         copies: dict[str, Moments] = {}
-        for name, moments in self._moments.items():
+        for name, moments in self.moments().items():
             copies[name] = {}
             for m, moment in moments.items():
                 with computing_on(moment) as xp:
@@ -205,7 +174,7 @@ class _Optimizer:
         return {
             "rule": type(self).__name__,
             "steps": self.steps,
-            "hyperparameters": self._hyperparameters(),
+            "hyperparameters": self.hyperparameters(),
             "moments": copies,
         }
 
@@ -217,7 +186,7 @@ class _Optimizer:
         """
         if not isinstance(state, Mapping):
             raise ValueError(f"state is a {type(state).__name__}; pass what state_dict gave")
-        own = self._hyperparameters()
+        own = self.hyperparameters()
         try:
             rule, steps, hyper, moments = (state[k] for k in ("rule", "steps", "hyperparameters", "moments"))
         except KeyError as error:
@@ -242,35 +211,35 @@ class _Optimizer:
             raise ValueError(f"state has the wrong moments for {', '.join(wrong)}; they are {names}")
         vars(self).update(vars(loaded))
         self.steps = steps
-        self._moments = {name: dict(moment) for name, moment in moments.items()}
-        self._model = self._last = None
+        self._loaded = {name: dict(moment) for name, moment in moments.items()}
 
     def __repr__(self) -> str:
         lr = "" if not callable(self.lr) else "lr=<schedule>, "
-        return f"{type(self).__name__}({lr}{', '.join(f'{k}={v}' for k, v in self._hyperparameters().items())})"
+        return f"{type(self).__name__}({lr}{', '.join(f'{k}={v}' for k, v in self.hyperparameters().items())})"
 
 
-def _apply(
+def apply_update(
     xp: Namespace,
-    optimizer: _Optimizer,
-    places: Places,
+    optimizer: Optimizer,
+    bound: Binding,
     gradients: Mapping[str, Array],
-    lr: float,
+    by: Any,
     where: Array | None,
 ) -> None:
     """Clip, update every parameter and its moments, and assign them."""
     if optimizer.clip_norm is not None:
         gradients = clipped(gradients, optimizer.clip_norm)
     new = {}
-    for name, (layer, p) in places.items():
-        W, moments = getattr(layer, p), optimizer._moments[name]
-        new_W, new_moments = optimizer._update(xp, W, gradients[name], moments, lr, optimizer.steps)
+    for name, (layer, p) in bound.slots.items():
+        W, moments = getattr(layer, p), bound.moments[name]
+        new_W, new_moments = optimizer.update(xp, W, gradients[name], moments, by)
         if where is not None:
             new_W = xp.where(where, new_W, W)
-            new_moments = {m: xp.where(where, new_moments[m], moments[m]) for m in moments}
+            new_moments = {m: xp.where(where, new_moments[m], moments[m]) for m in new_moments}
         new[name] = new_W, new_moments
-    for name, (layer, p) in places.items():  # only now, when nothing can go wrong any more
-        W, optimizer._moments[name] = new[name]
+    for name, (layer, p) in bound.slots.items():  # only now, when nothing can go wrong any more
+        W, moments = new[name]
+        bound.moments[name] = {**bound.moments[name], **moments}
         setattr(layer, p, W)
 
 
@@ -295,13 +264,22 @@ def _sum_of_squares(xp: Namespace, dW: Array) -> Array:
     return xp.sum(dW * dW)
 
 
-class SGD(_Optimizer):
+class SGDScalars(NamedTuple):
+    """What one step of `SGD` takes."""
+
+    lr: float
+    momentum: float
+    nesterov: bool
+    decay: float
+
+
+class SGD(Optimizer):
     """Stochastic gradient descent: `V = momentum V + dW`, `W -= lr V`; with `nesterov`, `W -= lr (dW + momentum V)`.
 
     lr: a float or a schedule, `step -> float`. momentum: at least 0. weight_decay: adds `weight_decay W` to the gradient.
     clip_norm: `None`, or the largest global norm of the gradients. PyTorch's `SGD`, to rounding (Sutskever et al., 2013).
 
-    Raises `TypeError` or `ValueError` for a hyper-parameter out of range.
+    Raises `TypeError` or `ValueError` for a hyper-parameter out of range, also when it is assigned later.
 
     >>> import numpy as np
     >>> from anyarray_linear import Linear
@@ -310,6 +288,8 @@ class SGD(_Optimizer):
     >>> layer.W
     array([[0.5]])
     """
+
+    momentum = _Real()
 
     def __init__(
         self,
@@ -321,7 +301,7 @@ class SGD(_Optimizer):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__(lr, weight_decay, clip_norm)
-        self.momentum = _real("momentum", momentum)
+        self.momentum = momentum
         self.nesterov = bool(nesterov)
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum; give momentum=0.9, say")
@@ -331,18 +311,34 @@ class SGD(_Optimizer):
         """`V`, the velocity, with momentum."""
         return ("V",) if self.momentum else ()
 
-    def _update(
-        self, xp: Namespace, W: Array, dW: Array, moments: Moments, lr: float, t: int
-    ) -> tuple[Array, Moments]:
-        if self.weight_decay:
-            dW = dW + self.weight_decay * W
-        if not self.momentum:
-            return W - lr * dW, {}
-        V = self.momentum * moments["V"] + dW
-        return W - lr * (dW + self.momentum * V if self.nesterov else V), {"V": V}
+    def scalars(self, lr: float, t: int) -> SGDScalars:
+        """Nothing changes from step to step but the rate."""
+        return SGDScalars(lr, self.momentum, self.nesterov, self.weight_decay)
+
+    def update(self, xp: Namespace, W: Array, dW: Array, moments: Moments, by: SGDScalars) -> tuple[Array, Moments]:
+        """The rule."""
+        if by.decay:
+            dW = dW + by.decay * W
+        if not by.momentum:
+            return W - by.lr * dW, {}
+        V = by.momentum * moments["V"] + dW
+        return W - by.lr * (dW + by.momentum * V if by.nesterov else V), {"V": V}
 
 
-class Adam(_Optimizer):
+class AdamScalars(NamedTuple):
+    """What one step of `Adam` takes; `rest1` is `1 - beta1`, and rate and eps carry the corrections of the means."""
+
+    rate: float
+    beta1: float
+    rest1: float
+    beta2: float
+    rest2: float
+    eps: float
+    decay: float
+    shrink: float
+
+
+class Adam(Optimizer):
     """Adam: running means `M` of the gradient and `V` of its square, corrected for starting at 0 (Kingma and Ba, 2014).
 
     lr: a float or a schedule, `step -> float`. betas: the two means' memories, each in [0, 1). eps: added to the root.
@@ -350,7 +346,7 @@ class Adam(_Optimizer):
     clip_norm: `None`, or the largest global norm of the gradients. PyTorch's `Adam`, to rounding. As there, float16 is not
     for it: squares of gradients below 2e-4 and the default eps are 0 in float16; keep the parameters in float32.
 
-    Raises `TypeError` or `ValueError` for a hyper-parameter out of range.
+    Raises `TypeError` or `ValueError` for a hyper-parameter out of range, also when it is assigned later.
 
     >>> import numpy as np
     >>> from anyarray_linear import Linear
@@ -359,6 +355,11 @@ class Adam(_Optimizer):
     >>> layer.W
     array([[0.5]])
     """
+
+    betas = _Betas()
+    eps = _Real()
+    decoupled: ClassVar[bool] = False
+    """Whether weight decay acts on the weights themselves and not by way of the gradient."""
 
     @property
     def moment_names(self) -> tuple[str, ...]:
@@ -375,25 +376,25 @@ class Adam(_Optimizer):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__(lr, weight_decay, clip_norm)
-        if isinstance(betas, (str, Mapping)) or not hasattr(betas, "__getitem__") or len(betas) != 2:
-            raise ValueError(f"betas is {betas!r}; it must be two numbers, such as (0.9, 0.999)")
-        self.betas = _real("betas[0]", betas[0], 0.0, 1.0), _real("betas[1]", betas[1], 0.0, 1.0)
-        self.eps = _real("eps", eps)
+        self.betas = betas
+        self.eps = eps
 
-    def _update(
-        self, xp: Namespace, W: Array, dW: Array, moments: Moments, lr: float, t: int
-    ) -> tuple[Array, Moments]:
+    def scalars(self, lr: float, t: int) -> AdamScalars:
+        """`lr (M / (1 - beta1^t)) / (sqrt(V / (1 - beta2^t)) + eps)`, corrections gathered as in their section 2."""
         beta1, beta2 = self.betas
-        if self.weight_decay:
-            W, dW = self._decayed(W, dW, lr)
-        M = beta1 * moments["M"] + (1 - beta1) * dW
-        V = beta2 * moments["V"] + (1 - beta2) * (dW * dW)
-        # lr (M / (1 - beta1^t)) / (sqrt(V / (1 - beta2^t)) + eps), corrections gathered as in their section 2
         root = math.sqrt(1 - beta2**t)
-        return W - (lr * root / (1 - beta1**t)) * (M / (xp.sqrt(V) + self.eps * root)), {"M": M, "V": V}
+        decay, shrink = (0.0, 1 - lr * self.weight_decay) if self.decoupled else (self.weight_decay, 1.0)
+        return AdamScalars(lr * root / (1 - beta1**t), beta1, 1 - beta1, beta2, 1 - beta2, self.eps * root, decay, shrink)
 
-    def _decayed(self, W: Array, dW: Array, lr: float) -> tuple[Array, Array]:
-        return W, dW + self.weight_decay * W
+    def update(self, xp: Namespace, W: Array, dW: Array, moments: Moments, by: AdamScalars) -> tuple[Array, Moments]:
+        """The rule."""
+        if by.shrink != 1:
+            W = W * by.shrink
+        if by.decay:
+            dW = dW + by.decay * W
+        M = by.beta1 * moments["M"] + by.rest1 * dW
+        V = by.beta2 * moments["V"] + by.rest2 * (dW * dW)
+        return W - by.rate * (M / (xp.sqrt(V) + by.eps)), {"M": M, "V": V}
 
 
 class AdamW(Adam):
@@ -409,6 +410,8 @@ class AdamW(Adam):
     array([[0.5]])
     """
 
+    decoupled = True
+
     def __init__(
         self,
         lr: float | Callable[[int], float] = 1e-3,
@@ -419,6 +422,3 @@ class AdamW(Adam):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__(lr, betas, eps, weight_decay, clip_norm=clip_norm)
-
-    def _decayed(self, W: Array, dW: Array, lr: float) -> tuple[Array, Array]:
-        return W * (1 - lr * self.weight_decay), dW

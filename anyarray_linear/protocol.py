@@ -70,9 +70,19 @@ def parameters(model: Any) -> dict[str, Array]:
     return {join(name, p): value for name, layer in leaves(model) for p, value in layer.parameters().items()}
 
 
+def trained(model: Any) -> list[tuple[str, Any]]:
+    """The leaves of `model` whose parameters are trained: all but those with `trainable = False`."""
+    return [(name, layer) for name, layer in leaves(model) if getattr(layer, "trainable", True)]
+
+
+def is_trained(layer: Any) -> bool:
+    """Whether a layer or container has parameters that are trained."""
+    return any(leaf.parameters() for _, leaf in trained(layer))
+
+
 def stored_gradients(model: Any) -> dict[str, Array | None]:
-    """What `backward` stored for every parameter of `model`, by the parameter's full name; `None` where nothing is."""
-    return {join(name, p): getattr(layer, f"d{p}") for name, layer in leaves(model) for p in layer.parameters()}
+    """What `backward` stored for every trained parameter of `model`, by its full name; `None` where nothing is."""
+    return {join(name, p): getattr(layer, f"d{p}") for name, layer in trained(model) for p in layer.parameters()}
 
 
 def store_gradients(model: Any, gradients: Mapping[str, Array], *, accumulate: bool = False) -> None:
@@ -81,7 +91,7 @@ def store_gradients(model: Any, gradients: Mapping[str, Array], *, accumulate: b
     Adding makes a new array: whoever holds the old gradient keeps its values.
     """
     new = []
-    for name, layer in leaves(model):
+    for name, layer in trained(model):
         for p in layer.parameters():
             gradient, stored = gradients.get(join(name, p)), getattr(layer, f"d{p}", None)
             if gradient is None:

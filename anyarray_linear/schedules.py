@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+
+from .arrays.numbers import check_number, check_positive
 
 Schedule = Callable[[int], float]
-
-
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r:.60}, a {type(value).__name__}; it must be a Python number")
-
-
-def _real(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
-    """`value` as a Python float in `[low, high)`."""
-    _number(name, value)
-    number = float(value)
-    if not low <= number < high:
-        raise ValueError(f"{name} is {number}; it must be at least {low} and below {high}")
-    return number
-
-
-def _positive(name: str, value: Any) -> None:
-    _number(name, value)
-    if not value > 0:
-        raise ValueError(f"{name} is {value!r}; it must be greater than 0")
 
 
 def linear_warmup(lr: float, steps: int) -> Schedule:
@@ -37,8 +17,8 @@ def linear_warmup(lr: float, steps: int) -> Schedule:
     >>> [linear_warmup(1.0, 4)(step) for step in range(6)]
     [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     """
-    _positive("lr", lr)
-    _positive("steps", steps)
+    check_positive("lr", lr)
+    check_positive("steps", steps)
     return partial(_warmed_up, lr, steps)  # and no lambda: an optimizer with a schedule can be pickled
 
 
@@ -55,10 +35,10 @@ def cosine(lr: float, steps: int, *, warmup: int = 0, final: float = 0.0) -> Sch
     >>> [round(cosine(1.0, 4)(step), 3) for step in range(6)]
     [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
     """
-    _positive("lr", lr)
-    _positive("steps", steps)
-    _number("final", final)
-    _number("warmup", warmup)
+    check_positive("lr", lr)
+    check_positive("steps", steps)
+    check_number("final", final)
+    check_number("warmup", warmup)
     if not 0 <= warmup < steps:
         raise ValueError(f"warmup is {warmup!r}; it must be from 0 to below steps = {steps!r}")
     return partial(_cosine, lr, steps, warmup, final)
@@ -77,9 +57,9 @@ def step_decay(lr: float, every: int, factor: float) -> Schedule:
     >>> [step_decay(1.0, 2, 0.5)(step) for step in range(5)]
     [1.0, 1.0, 0.5, 0.5, 0.25]
     """
-    _positive("lr", lr)
-    _positive("every", every)
-    _positive("factor", factor)
+    check_positive("lr", lr)
+    check_positive("every", every)
+    check_positive("factor", factor)
     return partial(_decayed, lr, every, factor)
 
 

@@ -8,18 +8,18 @@ from typing import Any, NamedTuple, overload
 from .arrays.checks import check_alike
 from .arrays.place import Array, computing_on
 from .linear import Linear
-from .protocol import Layer, join, leaves, parameters, store_gradients
+from .protocol import Layer, is_trained, join, leaves, parameters, store_gradients
 
 
 class _Structure(NamedTuple):
     """Where the leaves of a container are, and what they are called."""
 
     positions: list[tuple[str, Any]]
-    names: dict[str, str]
-    """The name of each position: the first position that holds the same object."""
+    """Every position that holds a leaf, depth first, repeats included."""
     leaves: list[tuple[str, Any]]
+    """Each distinct leaf once, under its first position."""
     routes: list[dict[str, str]]
-    """For each layer, what a gradient that it returns is called: filled as names turn up."""
+    """For each layer, what the model calls the leaves that the layer calls so: `{"": "0"}` for a bare leaf."""
 
 
 class Sequential:
@@ -73,20 +73,17 @@ class Sequential:
             raise ValueError(
                 f"caches is {count} for {len(self.layers)} layers; pass the second result of this model's forward"
             )
-        # nobody asks for the gradient that would flow out of the first layer with parameters
-        first = 0 if needs_dX else next((i for i, layer in enumerate(self.layers) if layer.parameters()), len(caches))
-        structure = self._names()
+        # nobody asks for the gradient that would flow out of the first layer with parameters to train
+        first = 0 if needs_dX else next((i for i, layer in enumerate(self.layers) if is_trained(layer)), len(caches))
+        routes = self._names().routes
         total: dict[str, Array] = {}  # from the last layer to the first
         dX: Array | None = dZ
         for i in range(len(self.layers) - 1, first - 1, -1):
             dX, gradients = self.layers[i].gradients(dX, caches[i], needs_dX=needs_dX or i > first)
-            route = structure.routes[i]
             for path, gradient in reversed(gradients.items()):
-                name = route.get(path)
-                if name is None:
-                    inner, _, p = path.rpartition(".")
-                    name = route[path] = f"{structure.names[join(str(i), inner)]}.{p}"
-                if name in total:
+                leaf, _, p = path.rpartition(".")
+                name = join(routes[i][leaf], p)
+                if name in total:  # a shared layer's, of a later position
                     with computing_on(gradient):
                         gradient = gradient + total.pop(name)
                 total[name] = gradient
@@ -108,14 +105,13 @@ class Sequential:
         return self._structure or self._look()
 
     def _look(self) -> _Structure:
-        positions: list[tuple[str, Any]] = []
-        for i, layer in enumerate(self.layers):
-            inner = layer._positions() if isinstance(layer, Sequential) else leaves(layer)
-            positions += [(join(str(i), path), leaf) for path, leaf in inner]
-        first: dict[int, str] = {}
-        names = {path: first.setdefault(id(leaf), path) for path, leaf in positions}
-        own = [(path, leaf) for path, leaf in positions if names[path] == path]
-        return _Structure(positions, names, own, [{} for _ in self.layers])
+        inner = [layer._positions() if isinstance(layer, Sequential) else leaves(layer) for layer in self.layers]
+        positions = [(join(str(i), path), leaf) for i, own in enumerate(inner) for path, leaf in own]
+        first: dict[int, str] = {}  # by the object: the first position that holds it
+        for path, leaf in positions:
+            first.setdefault(id(leaf), path)
+        own_leaves = [(path, leaf) for path, leaf in positions if first[id(leaf)] == path]
+        return _Structure(positions, own_leaves, [{path: first[id(leaf)] for path, leaf in own} for own in inner])
 
     def _positions(self) -> list[tuple[str, Any]]:
         """Every position that holds a leaf, depth first, repeats included."""

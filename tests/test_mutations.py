@@ -72,18 +72,18 @@ EVERYWHERE = [
     ("another call's cache used", of_cache,
      ("        return linear_forward(X, self.W, self.b), {",
       "        self.last = X\n        return linear_forward(X, self.W, self.b), {"),
-     ('cache["X"], self.W', "self.last, self.W")),
+     ('linear_backward(dZ, cache["X"], self.W', "linear_backward(dZ, self.last, self.W")),
     ("N-D axes mixed up", of_rank_3, (ROWS, "xp.reshape(X, (X.shape[-1], math.prod(X.shape[:-1]))).T")),
     ("N-D features taken for rows", of_rank_3, (ROWS, "xp.reshape(X, (X.shape[0], math.prod(X.shape[1:])))")),
     ("empty batches reshaped by a guess", of_no_rows, (ROWS, "xp.reshape(X, (X.shape[0], -1))")),
     ("dtypes not compared", of_dtypes, ('    check_alike("W", W, "X", X)\n', "")),
 ]  # fmt: skip
-THERE = "    with computing_on(W) as xp:\n        "
-HERE = "    with __import__('contextlib').nullcontext(__import__('array_api_compat').array_namespace(W)) as xp:\n        "
+THERE, RUN = "    with place.entered() as xp:\n        ", "place.run(affine"
+HERE = "    with __import__('contextlib').nullcontext(place.xp) as xp:\n        "
 ON_SOME = [
     ("strict-device1", "an array created on the default device", of_rank_3, (", device=device_of(W))", ")")),
-    ("cupy:1", "Z computed on the current device", of_rank_3, (THERE + "Z", HERE + "Z")),
-    ("cupy:1", "gradients computed on the current device", of_rank_3, (THERE + "dX", HERE + "dX")),
+    ("cupy:1", "Z computed on the current device", of_rank_3, (THERE + "Z", HERE + "Z"), (f"{RUN}, _rows(xp, X)", "affine(xp, _rows(xp, X)")),
+    ("cupy:1", "gradients computed on the current device", of_rank_3, (THERE + "dX", HERE + "dX"), (f"{RUN}_gradients, _rows(xp, dZ)", "affine_gradients(xp, _rows(xp, dZ)")),
     ("numpy-readonly", "an input written to", of_inputs, ("    dW = dZ.T", "    dZ *= 1.0\n    dW = dZ.T")),
     ("torch", "db as a running sum in float16", of_float16, (SUM, "sum(dZ[i : i + 1, :] for i in range(len(dZ))) if")),
     ("cupy:0", "db as a running sum in float16", of_float16, (SUM, "sum(dZ[i : i + 1, :] for i in range(len(dZ))) if")),

@@ -1,45 +1,73 @@
-"""Fast lanes: one module per backend, with faster equals of single operations that are defined portably elsewhere.
+"""Fast lanes: modules with faster equals of single operations that are defined portably elsewhere.
 
 The mathematics is defined once, in Array API code. Where a backend has a better way to get the same result (fewer passes
-over memory, fewer kernels), its module here has a function of the operation's name, and `lane` finds it. A lane takes what
-the portable function takes, and calls that one for arrays that it is not made for. Tests prove each equal to its portable
+over memory, fewer kernels), a module here states it in a table, `OPERATIONS = {portable: faster}`. An equal takes what the
+portable function takes, and calls that one for arrays that it is not made for. Tests prove each equal to its portable
 definition, with lanes off: `ANYARRAY_LANES=0` in the environment, or `with lanes.off():`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
 
-from ..arrays.place import Namespace
+from ..arrays import operations
+from ..arrays.place import Array, place_of
 
-_MODULES = {"array_api_compat.numpy": "numpy", "array_api_compat.cupy": "cupy"}
-_found: dict[tuple[Callable[..., Any], Namespace], Callable[..., Any]] = {}
-_on: ContextVar[bool] = ContextVar("lanes", default=os.environ.get("ANYARRAY_LANES", "1") != "0")
+LANES = {
+    "array_api_compat.numpy": ("numpy",),
+    "array_api_compat.cupy": ("cupy",),
+}
+"""The modules with lanes for a namespace; where two have an equal of the same operation, the first one's is taken."""
 
 
-def lane(portable: Callable[..., Any], xp: Namespace) -> Callable[..., Any]:
-    """The faster equal of the function `portable` for arrays of the namespace `xp`; `portable` itself if there is none."""
-    if not _on.get():
-        return portable
-    try:
-        return _found[portable, xp]
-    except KeyError:
-        module = _MODULES.get(xp.__name__)
-        name = portable.__name__.lstrip("_")
-        found = None if module is None else getattr(import_module(f".{module}", __name__), name, None)
-        return _found.setdefault((portable, xp), portable if found is None else found)
+def _tables(namespace: str) -> list[tuple[str, operations.Table]]:
+    """Each lane of a namespace, by name, with its table; none is imported before an array of the namespace turns up."""
+    return [(name, import_module(f".{name}", __name__).OPERATIONS) for name in LANES.get(namespace, ())]
+
+
+def _table(namespace: str) -> operations.Table:
+    found: dict[Callable[..., Any], Callable[..., Any]] = {}
+    for _, table in reversed(_tables(namespace)):
+        found.update(table)
+    return found
+
+
+operations.found_by(_table)
+
+
+def of(operation: Callable[..., Any], x: Array) -> str:
+    """Which lane an operation takes for arrays like `x`, and why not a faster one.
+
+    operation: a portable function that lanes may replace, such as `linear.affine` or `step.training_step`.
+
+    >>> import numpy as np
+    >>> from anyarray_linear.linear import affine
+    >>> of(affine, np.ones(3))
+    'numpy'
+    >>> with off():
+    ...     of(affine, np.ones(3))
+    'portable: lanes are switched off'
+    """
+    place = place_of(x)
+    if not operations.lanes_are_on.get():
+        return "portable: lanes are switched off"
+    tables = _tables(place.xp.__name__) if place.library else []
+    if not tables:
+        return f"portable: there are no lanes for {place.library or 'what is no array'}"
+    for name, table in tables:
+        if operation in table:
+            return name
+    return f"portable: no lane of {place.library} has an equal of {operation.__name__}"
 
 
 @contextmanager
 def off() -> Iterator[None]:
     """A context without lanes, in this thread: everything runs by its portable definition."""
-    token = _on.set(False)
+    token = operations.lanes_are_on.set(False)
     try:
         yield
     finally:
-        _on.reset(token)
+        operations.lanes_are_on.reset(token)

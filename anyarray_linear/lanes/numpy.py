@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from ..activations import ReLU, _activation_gradient
+from ..activations import ReLU, activation_gradient
 from ..arrays.cores import usable_cores
 from ..arrays.place import Array, Namespace
-from ..losses import _cross_entropy, _cross_entropy_gradient, _reciprocal
-from ..optimizers import SGD, Adam, AdamW, Places, _apply, clipped
-from .flat import Flat, flat_of
+from ..binding import Binding, Flat, flat_of
+from ..guard import all_finite
+from ..linear import affine, affine_gradients
+from ..losses import cross_entropy, cross_entropy_gradient, range_of, reciprocal
+from ..optimizers import SGD, Adam, AdamW, apply_update, clipped
 
 # An array of 32 MiB that nobody touches, freed at once: from then on glibc keeps freed memory of up to that size at hand. It
 # would give it back to the system, and take it again page by page, at each step: a quarter of the time of a tall layer.
@@ -60,7 +62,7 @@ def block_rows(X: Array, W: Array) -> int:
     return rows if rows >= 512 and X.shape[0] >= 4 * rows else 0
 
 
-def forward(xp: Namespace, X: Array, W: Array, b: Array | None) -> Array:
+def _affine(xp: Namespace, X: Array, W: Array, b: Array | None) -> Array:
     """`Z = X W^T + b`."""
     rows = block_rows(X, W) if len(X) >= TALL else 0
     if not rows:
@@ -77,7 +79,7 @@ def forward(xp: Namespace, X: Array, W: Array, b: Array | None) -> Array:
     return Z
 
 
-def backward(
+def _affine_gradients(
     xp: Namespace, dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool
 ) -> tuple[Array | None, Array, Array | None]:
     """`dX = dZ W`, `dW = dZ^T X` and `db = 1^T dZ`."""
@@ -103,10 +105,10 @@ def backward(
 # activations
 
 
-def activation_gradient(xp: Namespace, layer: Any, dZ: Array, kept: Array) -> Array:
+def _activation_gradient(xp: Namespace, layer: Any, dZ: Array, kept: Array) -> Array:
     """`dX = dZ f'(X)`; for `ReLU` by masking the bits of `dZ`, as `where` mispredicts a branch at every other element."""
     if type(layer) is not ReLU or dZ.dtype not in _BITS:
-        return _activation_gradient(xp, layer, dZ, kept)
+        return activation_gradient(xp, layer, dZ, kept)
     bits = _BITS[dZ.dtype]
     dX = np.subtract(kept <= 0, 1, dtype=bits)  # no bit where Z <= 0, every bit elsewhere
     dX &= dZ.view(bits)
@@ -127,38 +129,38 @@ def _numbers(count: int) -> Array:
     return numbers
 
 
-def range_of(xp: Namespace, target: Array) -> tuple[int, int]:
+def _range_of(xp: Namespace, target: Array) -> tuple[int, int]:
     """The smallest and the largest class id."""
     return int(np.minimum.reduce(target, axis=None)), int(np.maximum.reduce(target, axis=None))
 
 
-def cross_entropy(xp: Namespace, Z: Array, target: Array, ids: bool) -> tuple[Array, dict[str, Array]]:
-    """The loss and its cache for class ids, which stay ids: no row of zeros is made, and the softmax is formed in place."""
-    if not ids or Z.ndim != 2 or not len(Z):
-        return _cross_entropy(xp, Z, target, ids)
+def _cross_entropy(xp: Namespace, Z: Array, target: Array) -> tuple[Array, Array]:
+    """The loss and the softmax for class ids: no row of zeros is made, and the softmax is formed in place."""
+    if target.ndim == Z.ndim or Z.ndim != 2 or not len(Z):
+        return cross_entropy(xp, Z, target)
     P = Z - np.maximum.reduce(Z, axis=1, keepdims=True)
     at_target = P[_numbers(len(Z)), target]
     np.exp(P, out=P)
     S = np.add.reduce(P, axis=1, keepdims=True)
     P /= S
-    loss = np.add.reduce(np.log(S[:, 0]) - at_target) * _reciprocal(len(Z))
-    return np.asarray(loss), {"P": P, "T": target}
+    loss = np.add.reduce(np.log(S[:, 0]) - at_target) * reciprocal(len(Z))
+    return np.asarray(loss), P
 
 
-def cross_entropy_gradient(xp: Namespace, P: Array, T: Array) -> Array:
+def _cross_entropy_gradient(xp: Namespace, P: Array, target: Array) -> Array:
     """`dZ = (P - T) / N`."""
-    if T.ndim == P.ndim:
-        return _cross_entropy_gradient(xp, P, T)
+    if target.ndim == P.ndim or P.ndim != 2:
+        return cross_entropy_gradient(xp, P, target)
     dZ = P.copy()
-    dZ[_numbers(len(P)), T] -= 1
-    dZ *= _reciprocal(len(P))
+    dZ[_numbers(len(P)), target] -= 1
+    dZ *= reciprocal(len(P))
     return dZ
 
 
 # the training loop
 
 
-def all_finite(xp: Namespace, x: Array) -> bool:
+def _all_finite(xp: Namespace, x: Array) -> bool:
     """Whether no element is NaN or infinite; the sum without what `np.sum` has around it."""
     return math.isfinite(np.add.reduce(x, axis=None)) or bool(np.isfinite(x).all())
 
@@ -166,26 +168,26 @@ def all_finite(xp: Namespace, x: Array) -> bool:
 # the optimizer
 
 
-def apply(
+def _apply_update(
     xp: Namespace,
     optimizer: Any,
-    places: Places,
+    bound: Binding,
     gradients: Mapping[str, Array],
-    lr: float,
+    by: Any,
     where: Array | None,
 ) -> None:
     """Clip and update in place, in blocks that stay in the cache, on all cores: bit for bit the portable definition."""
     rule = _RULES.get(type(optimizer))
     if rule is None:  # somebody's own rule
-        return _apply(xp, optimizer, places, gradients, lr, where)
-    flat = flat_of(xp, optimizer, places)
+        return apply_update(xp, optimizer, bound, gradients, by, where)
+    flat = flat_of(xp, bound)
     if where is not None and not where:
         return None
     if optimizer.clip_norm is not None:
         gradients = clipped(gradients, optimizer.clip_norm)
     if flat.W.size <= min(PACK, BLOCK):  # the usual case of a small model, without what only large ones need
         ((W, dW, moments),) = _pieces(flat, gradients)
-        rule(optimizer, W, dW, moments, np.empty_like(dW), lr, optimizer.steps)
+        rule(W, dW, moments, np.empty_like(dW), by)
         return None
     cores = min(len(usable_cores()), flat.W.size // (2 * BLOCK))
     size = BLOCK if cores > 1 else BLOCK // 2  # one thread alone needs no more, and less scratch memory
@@ -202,7 +204,7 @@ def apply(
                 W, dW, moments = blocks.pop()
             except IndexError:  # none is left
                 return
-            rule(optimizer, W, dW, moments, scratch[: W.size], lr, optimizer.steps)
+            rule(W, dW, moments, scratch[: W.size], by)
 
     # threads take the next block when they are done with one: a BLAS thread that still spins after its last product takes up
     # to half of a core from one of them
@@ -231,40 +233,37 @@ def _joined(run: list[Array]) -> Array:
     return run[0] if len(run) == 1 else np.concatenate(run)
 
 
-def _adam(optimizer: Any, W: Array, dW: Array, moments: list[Array], S: Array, lr: float, t: int) -> None:
-    """`Adam._update` in place, operation by operation; `S` is scratch."""
+def _adam(W: Array, dW: Array, moments: list[Array], S: Array, by: Any) -> None:
+    """`Adam.update` in place, operation by operation; `S` is scratch."""
     M, V = moments
-    beta1, beta2 = optimizer.betas
-    if optimizer.weight_decay:
-        if type(optimizer) is AdamW:
-            W *= 1 - lr * optimizer.weight_decay
-        else:
-            dW = dW + np.multiply(W, optimizer.weight_decay, out=S)
-    np.multiply(dW, 1 - beta1, S)
-    np.multiply(M, beta1, M)
+    if by.shrink != 1:
+        W *= by.shrink
+    if by.decay:
+        dW = dW + np.multiply(W, by.decay, out=S)
+    np.multiply(dW, by.rest1, S)
+    np.multiply(M, by.beta1, M)
     np.add(M, S, M)
     np.multiply(dW, dW, S)
-    np.multiply(S, 1 - beta2, S)
-    np.multiply(V, beta2, V)
+    np.multiply(S, by.rest2, S)
+    np.multiply(V, by.beta2, V)
     np.add(V, S, V)
-    root = math.sqrt(1 - beta2**t)
     np.sqrt(V, S)
-    np.add(S, optimizer.eps * root, S)
+    np.add(S, by.eps, S)
     np.divide(M, S, S)
-    np.multiply(S, lr * root / (1 - beta1**t), S)
+    np.multiply(S, by.rate, S)
     np.subtract(W, S, W)
 
 
-def _sgd(optimizer: Any, W: Array, dW: Array, moments: list[Array], S: Array, lr: float, t: int) -> None:
-    """`SGD._update` in place, operation by operation; `S` is scratch."""
-    if optimizer.weight_decay:
-        dW = dW + np.multiply(W, optimizer.weight_decay, out=S)
-    if optimizer.momentum:
+def _sgd(W: Array, dW: Array, moments: list[Array], S: Array, by: Any) -> None:
+    """`SGD.update` in place, operation by operation; `S` is scratch."""
+    if by.decay:
+        dW = dW + np.multiply(W, by.decay, out=S)
+    if by.momentum:
         (V,) = moments
-        V *= optimizer.momentum
+        V *= by.momentum
         V += dW
-        dW = np.add(dW, np.multiply(V, optimizer.momentum, out=S), out=S) if optimizer.nesterov else V
-    W -= np.multiply(dW, lr, out=S)
+        dW = np.add(dW, np.multiply(V, by.momentum, out=S), out=S) if by.nesterov else V
+    W -= np.multiply(dW, by.lr, out=S)
 
 
 _RULES: dict[type, Callable[..., None]] = {SGD: _sgd, Adam: _adam, AdamW: _adam}
@@ -296,3 +295,16 @@ def _on_cores(work: Callable[[], None], cores: int) -> None:
     for other in others:
         other.result()
     return None
+
+
+OPERATIONS = {
+    affine: _affine,
+    affine_gradients: _affine_gradients,
+    activation_gradient: _activation_gradient,
+    range_of: _range_of,
+    cross_entropy: _cross_entropy,
+    cross_entropy_gradient: _cross_entropy_gradient,
+    all_finite: _all_finite,
+    apply_update: _apply_update,
+}
+"""The portable operations, and their faster equals for NumPy arrays."""

@@ -89,11 +89,3 @@ def check_data(model: Any, loss: Any, data: Data, names: tuple[str, str]) -> Non
         loss.forward(Z, y)
     if hasattr(loss, "check_ids") and not is_float(data.y) and data.y.ndim == Z.ndim - 1:
         loss.check_ids(data.y, Z.shape[-1])
-
-
-def positive_int(name: str, value: Any, low: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be an int >= {low}")
-    if value < low:
-        raise ValueError(f"{name} is {value}; it must be an int >= {low}")
-    return int(value)

@@ -51,6 +51,12 @@ class Data:
             X, y = (take(*(rows if group is None else group.share(*rows))) for take in takes)
             yield self.device.asarray(X, dtype=self.dtype), self.device.asarray(y, dtype=y_dtype)
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether `X` and `y` are where the model is, and in its dtype, so that batches need not be moved or cast."""
+        there = Device.of(self.X) == Device.of(self.y) == self.device
+        return there and self.X.dtype == self.dtype and (not is_float(self.y) or self.y.dtype == self.dtype)
+
     def fingerprints(self, numbers: int | None = None) -> dict[str, str]:
         """Of `X` and of `y` as training sees them; see `arrays.fingerprint` for `numbers`."""
         floating = dtype_name(self.dtype)

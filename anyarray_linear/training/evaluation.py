@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..arrays.device import Device
+from ..arrays.numbers import whole
 from ..arrays.place import Array, computing_on, dtype_name
-from .checking import check_loss, check_model, check_rows, positive_int
+from .checking import check_loss, check_model, check_rows
 from .data import Data, is_float, memory_advice, model_place, row_taker
 
 
@@ -53,7 +54,7 @@ def evaluate(model: Any, X: Array, y: Array, *, loss: Any, batch_size: int = 102
     check_loss(loss)
     check_rows(X, y)
     data = Data(X, y, *model_place(model, X))
-    batch_size = positive_int("batch_size", batch_size)
+    batch_size = whole("batch_size", batch_size)
     with memory_advice(data.device, batch_size):
         return scores_of(model, data, loss, batch_size)
 
@@ -72,7 +73,7 @@ def predict(model: Any, X: Array, *, batch_size: int = 1024) -> Array:
     check_model(model)
     check_rows(X, None)
     data = Data(X, X, *model_place(model, X))
-    batch_size = positive_int("batch_size", batch_size)
+    batch_size = whole("batch_size", batch_size)
     with memory_advice(data.device, batch_size):
         return _predict(model, data, batch_size)
 

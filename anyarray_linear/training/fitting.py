@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays.numbers import whole
 from ..arrays.place import Array
 from ..distributed.group import Group
 from ..initializers import layer_seed
-from .checking import check_data, check_parts, check_rows, positive_int
+from .checking import check_data, check_parts, check_rows
 from .data import Data, count_of_held, memory_advice, model_place, split_rows
 from .history import Callback, History, StopFlag
 from .interrupts import deferred_interrupts
@@ -93,11 +94,11 @@ def fit(
     if not isinstance(group, Group):
         raise TypeError(f"group is {group!r:.80}; give the group itself: group=distributed.mpi()")
     with group.running():
-        epochs, batch_size = positive_int("epochs", epochs, 0), positive_int("batch_size", batch_size)
-        skip_nonfinite = positive_int("skip_nonfinite", skip_nonfinite, 0)
-        accumulate = positive_int("accumulate", accumulate)
+        epochs, batch_size = whole("epochs", epochs, 0), whole("batch_size", batch_size)
+        skip_nonfinite = whole("skip_nonfinite", skip_nonfinite, 0)
+        accumulate = whole("accumulate", accumulate)
         if checkpoint_every is not None:
-            checkpoint_every = positive_int("checkpoint_every", checkpoint_every)
+            checkpoint_every = whole("checkpoint_every", checkpoint_every)
         if checkpoint is None and (resume or checkpoint_every):
             raise ValueError("resume and checkpoint_every need a folder: give checkpoint=folder")
         check_parts(model, loss, optimizer, callbacks)

@@ -7,7 +7,7 @@ import numbers
 import re
 import time
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..distributed.agreement import adopt, digest, settings, snapshot
 from ..distributed.group import Group
 from ..guard import Guard
 from ..protocol import parameters
+from ..step import TrainingStep, loss_and_gradients
 from .data import Data, epoch_order
 from .evaluation import scores_of
 from .history import History, NonFiniteError, Row
@@ -51,10 +52,20 @@ class Run:
         self.history = History()
         self.epoch = self.step = self.position = 0
         self.stopped = False
-        self.whole = True  # between two steps, all of this agrees with the weights and with the optimizer
+        self.closing = False  # an epoch: its books are not in order
+        # groups and parts have gradients of their own; a plain step is one that lanes know
+        self.is_plain = group.size == 1 and accumulate == 1
+        gradients = loss_and_gradients if self.is_plain else self._gradients
+        self.operation = TrainingStep(model, loss, optimizer, guard=self.guard, gradients=gradients)
+        self._asked = self._told = False  # whether this rank wants to stop, and whether any does
         self.seconds = 0.0
         self.best = math.inf  # the best score of an epoch, and whether it is that of these weights and not saved yet
         self.is_best = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of this agrees with the weights and with the optimizer, so that it can be saved."""
+        return self.operation.whole and not self.closing and self.operation.number == self.step
 
     def order(self) -> np.ndarray[Any, Any]:
         """The rows of this epoch, in its order."""
@@ -113,22 +124,33 @@ class Run:
     def steps(self, wants_stop: Callable[[], bool]) -> Iterator[None]:
         """Take the rest of this epoch's steps, one per iteration; `history.interrupted` says that any rank wants to stop."""
         began = time.perf_counter() - self.seconds
-        for X, y in self.data.batches(self.order(), self.batch_size, self.position, self.group):
+        for take in self._batches():
             rows = min(self.batch_size, self.count - self.position)
-            value, gradients, told = self.gradients(X, y, rows, self.group.size > 1 and wants_stop())
-            self.whole = False
-            where = self.guard.judge(self.step + 1, value, gradients.values(), rows)
-            self.optimizer.step(self.model, gradients, where=where)
-            del value, gradients, where
-            self.step += 1
+            self.operation.number, self.operation.rows = self.step, rows
+            self._asked = self.group.size > 1 and wants_stop()
+            take()
+            self.step = self.operation.number
             self.position += rows
-            self.whole = True
             self.seconds = time.perf_counter() - began
-            self.history.interrupted = told if self.group.size > 1 else wants_stop()
+            self.history.interrupted = self._told if self.group.size > 1 else wants_stop()
             yield
 
-    def gradients(self, X: Array, y: Array, rows: int, wants_stop: bool = False) -> tuple[Array, dict[str, Array], bool]:
-        """Loss and gradients of the batch of `rows` that `X` and `y` are this rank's share of; whether any wants to stop."""
+    def _batches(self) -> Iterator[Callable[[], object]]:
+        """The rest of this epoch's steps, each as a function that takes it."""
+        order = self.order()
+        if self.is_plain and self.data.is_in_place:
+            there = self.data.device.asarray(order)
+            for start in range(self.position, self.count, self.batch_size):
+                stop = min(start + self.batch_size, self.count)
+                yield partial(self.operation.on_rows, self.data.X, self.data.y, there, start, stop)
+        else:
+            for X, y in self.data.batches(order, self.batch_size, self.position, self.group):
+                yield partial(self.operation, X, y)
+
+    def _gradients(self, model: Any, loss: Any, X: Array, y: Array, weights: Array | None) -> tuple[Array, dict[str, Array]]:
+        """Loss and gradients of a batch of which `X` and `y` are this rank's share, worked through part by part."""
+        rows = self.operation.rows
+        assert rows is not None
         size = max(1, -(-X.shape[0] // self.accumulate))
         value, gradients = None, {}
         for i in range(0, X.shape[0], size):
@@ -145,7 +167,8 @@ class Run:
             with computing_on(W) as xp:
                 value = xp.zeros((), dtype=W.dtype, device=self.data.device.native)
                 gradients = {name: xp.zeros_like(W) for name, W in parameters(self.model).items()}
-        return self.group.average(value, gradients, wants_stop)
+        value, gradients, self._told = self.group.average(value, gradients, self._asked)
+        return value, gradients
 
     def _part(self, X: Array, y: Array, weight: float) -> tuple[Array, dict[str, Array]]:
         """Loss and gradients of some rows, times `weight`. Gradients are linear in `dZ`, and that is small."""
@@ -173,13 +196,13 @@ class Run:
             row.update({f"validation_{name}": score for name, score in scores.items()})
         row["seconds"] = self.seconds + time.perf_counter() - began
         score: float = row["validation_loss" if "validation_loss" in row else "loss"]
-        self.whole = False
+        self.closing = True
         if score < self.best:  # and not where it is NaN
             self.best, self.is_best = score, True
         self.history.rows.append(row)
         self.epoch, self.position, self.seconds = self.epoch + 1, 0, 0.0
         self.guard.start_epoch()
-        self.whole = True
+        self.closing = False
         return row
 
     def scored_rows(self) -> int:
@@ -216,7 +239,8 @@ class Run:
         batch = (fatal - 1) % self.steps_per_epoch
         start = batch * self.batch_size
         X, y = next(self.data.batches(self.order(), self.batch_size, start, self.group))
-        value, gradients, _ = self.gradients(X, y, min(self.batch_size, self.count - start))
+        self.operation.rows, self._asked = min(self.batch_size, self.count - start), False
+        value, gradients = self.operation.gradients(self.model, self.loss, X, y, None)
         wrong = [name for name, g in gradients.items() if not np.isfinite(self.data.device.to_numpy(g)).all()]
         raise NonFiniteError(
             f"step {fatal} (epoch {self.epoch + 1}, batch {batch + 1} of {self.steps_per_epoch}) gave a loss of "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-import timeit
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -22,7 +21,6 @@ from anyarray_linear import (
     SGD,
     Adam,
     AdamW,
-    Device,
     Linear,
     MeanSquaredError,
     ReLU,
@@ -38,9 +36,7 @@ from anyarray_linear import (
     predict,
     select_device,
 )
-from anyarray_linear.arrays.place import computing_on, namespace
-from anyarray_linear.lanes import lane
-from anyarray_linear.linear import _forward
+from anyarray_linear.arrays.place import computing_on
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((40, 6)).astype(np.float32)
@@ -372,28 +368,3 @@ def test_one_layer_in_two_threads_with_other_current_devices(cupy: Any) -> None:
     assert len(results) == 42
     for result in results:
         np.testing.assert_array_equal(result, expected)
-
-
-# Cost ---------------------------------------------------------------------------------------------------------------
-
-
-def test_what_forward_does_on_numpy_beside_the_products_is_little() -> None:
-    """Which namespace, device and lane, and do the arrays fit: all that `forward` does beside its lane's `X W^T + b`.
-
-    Against a NumPy call on three numbers, so that it does not depend on the machine. On a 2-core CPU that call took 0.27 us
-    and this 0.74 to 0.87 us, 3 of them; twice that is allowed, so that it fails where something is looked up anew each time.
-    """
-    layer, x, three = Linear(6, 3, dtype="float32", seed=0), X.copy(), np.ones(3)
-    xp = namespace(x)
-    products = lane(_forward, xp)
-
-    def cost(call: Callable[[], Any]) -> float:
-        return min(timeit.repeat(call, number=500, repeat=40))
-
-    beside = cost(lambda: layer.forward(x)) - cost(lambda: products(xp, x, layer.W, layer.b))
-    assert beside < 6 * cost(lambda: np.add(three, three))
-
-
-def test_a_device_of_an_array_is_read_in_microseconds(backend: Backend) -> None:
-    x = backend.asarray([1.0])
-    assert min(timeit.repeat(lambda: Device.of(x), number=100, repeat=20)) / 100 < 50e-6

@@ -6,13 +6,22 @@ spells as several array operations is one kernel here. Kernels compute in float3
 the arrays. They hold no memory between calls, so any number of threads and streams may use them at once.
 """
 
-from .activations import activation, activation_gradient
-from .guard import judged
-from .losses import cross_entropy, cross_entropy_gradient, squared_error
-from .products import backward, forward
-from .update import apply
+from ...activations import activation, activation_gradient
+from ...guard import judged
+from ...linear import affine, affine_gradients
+from ...losses import cross_entropy, cross_entropy_gradient, squared_error
+from ...optimizers import apply_update
+from . import activations, guard, losses, products, update
 
-__all__ = [
-    "activation", "activation_gradient", "apply", "backward", "cross_entropy", "cross_entropy_gradient", "forward", "judged",
-    "squared_error",
-]  # fmt: skip
+OPERATIONS = {
+    affine: products.forward,
+    affine_gradients: products.backward,
+    activation: activations.activation,
+    activation_gradient: activations.activation_gradient,
+    cross_entropy: losses.cross_entropy,
+    cross_entropy_gradient: losses.cross_entropy_gradient,
+    squared_error: losses.squared_error,
+    apply_update: update.apply,
+    judged: guard.judged,
+}
+"""The portable operations, and their faster equals for CuPy arrays."""

@@ -8,7 +8,9 @@ from typing import Any
 
 import cupy
 
-from ...activations import GELU, ReLU, Sigmoid, SiLU, Tanh, _activation, _activation_gradient
+from ...activations import GELU, ReLU, Sigmoid, SiLU, Tanh
+from ...activations import activation as portable
+from ...activations import activation_gradient as portable_gradient
 from ...arrays.place import Array, Namespace
 from .kernels import THREADS, TYPES, blocks, by_value, contiguous, kernel
 
@@ -123,7 +125,7 @@ def _form(layer: Any) -> Any:
 def activation(xp: Namespace, layer: Any, X: Array) -> Array:
     """`Z = f(X)`."""
     if X.dtype.char not in TYPES or not is_known(layer):
-        return _activation(xp, layer, X)
+        return portable(xp, layer, X)
     X = contiguous(X)
     Z, size = cupy.ndarray(X.shape, X.dtype), X.size
     if size:
@@ -134,7 +136,7 @@ def activation(xp: Namespace, layer: Any, X: Array) -> Array:
 def activation_gradient(xp: Namespace, layer: Any, dZ: Array, kept: Array) -> Array:
     """`dX = dZ f'(X)`."""
     if dZ.dtype.char not in TYPES or not is_known(layer):
-        return _activation_gradient(xp, layer, dZ, kept)
+        return portable_gradient(xp, layer, dZ, kept)
     dZ, kept = contiguous(dZ), contiguous(kept)
     dX, size = cupy.ndarray(dZ.shape, dZ.dtype), dZ.size
     if size:

@@ -45,8 +45,6 @@ def judged(xp: Namespace, guard: Any, step: int, value: Array, gradients: Iterab
     """Whether this step may be applied, a 0-d bool; brings the guard's sums and counts up to date."""
     arrays = [value, *gradients]
     if value.dtype.char not in TYPES or any(x.dtype != value.dtype or x.device != value.device for x in arrays):
-
-
         return judged_portably(xp, guard, step, value, arrays[1:], rows)
     if guard.last_bad is None:
         guard.last_bad = cupy.zeros((), np.int64)

@@ -9,7 +9,7 @@ from typing import Any
 import cupy
 
 from ...arrays.place import Array, Namespace
-from ...losses import _reciprocal
+from ...losses import reciprocal
 from .kernels import ACCUMULATOR, THREADS, blocks, by_value, contiguous, kernel
 
 ONE_BLOCK = 1 << 11
@@ -139,14 +139,14 @@ def _row_sizes(size: int, classes: int) -> tuple[int, int, float, Any]:
     """Blocks forward and back, the factor, the sizes: a thread takes about four classes, and at most a warp shares a row."""
     rows = size // classes
     shift = min(5, (-(-classes // 4) - 1).bit_length())
-    spread, factor = blocks(rows << shift), _reciprocal(rows)
+    spread, factor = blocks(rows << shift), reciprocal(rows)
     sizes = by_value(struct.pack("qqdii", rows, classes, factor, shift, 0))
     return 1 if size <= ONE_BLOCK else spread, spread, factor, sizes
 
 
 @functools.lru_cache(maxsize=4096)
 def _sizes(size: int) -> tuple[int, float, Any]:
-    factor = _reciprocal(size)
+    factor = reciprocal(size)
     sizes = by_value(struct.pack("qdii", size, factor, 0, 0))
     return 1 if size <= ONE_BLOCK else blocks(size), factor, sizes
 
@@ -163,19 +163,21 @@ def _summed(work: Any, arguments: tuple[Any, ...], sizes: Any, grid: int, factor
     return loss
 
 
-def cross_entropy(xp: Namespace, Z: Array, target: Array, ids: bool) -> tuple[Array, dict[str, Array]]:
-    """The loss, and the cache `{"P": softmax, "T": target}`."""
+def cross_entropy(xp: Namespace, Z: Array, target: Array) -> tuple[Array, Array]:
+    """The loss, and the softmax."""
+    ids = target.ndim < Z.ndim
     if not ids:
         target = target.astype(Z.dtype, copy=False)
     Z, target = contiguous(Z), contiguous(target)
     P = cupy.ndarray(Z.shape, Z.dtype)
     grid, _, factor, sizes = _row_sizes(Z.size, Z.shape[-1])
     work = _cross_entropy("cross_entropy", _CROSS_ENTROPY, Z.dtype.char, target.dtype if ids else None)
-    return _summed(work, (Z, target, P), sizes, grid, factor, Z), {"P": P, "T": target}
+    return _summed(work, (Z, target, P), sizes, grid, factor, Z), P
 
 
 def cross_entropy_gradient(xp: Namespace, P: Array, T: Array) -> Array:
     """`dZ = (P - T) / N`, with `T` class ids or rows."""
+    T = T if T.ndim < P.ndim else T.astype(P.dtype, copy=False)
     P, T, dZ = contiguous(P), contiguous(T), cupy.ndarray(P.shape, P.dtype)
     if P.size:
         _, grid, _, sizes = _row_sizes(P.size, P.shape[-1])
@@ -190,4 +192,4 @@ def squared_error(xp: Namespace, Z: Array, target: Array) -> tuple[Array, Array]
     D = cupy.ndarray(Z.shape, Z.dtype)
     grid, factor, sizes = _sizes(Z.size)
     work = kernel("squared_error", _SQUARED_ERROR, Z.dtype.char)
-    return _summed(work, (contiguous(Z), contiguous(target), D), sizes, grid, factor, Z), D
+    return _summed(work, (contiguous(Z), contiguous(target.reshape(Z.shape)), D), sizes, grid, factor, Z), D

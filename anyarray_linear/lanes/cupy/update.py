@@ -7,7 +7,6 @@ step, from the device, where it was put before the graph is launched.
 from __future__ import annotations
 
 import functools
-import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 import cupy
 
 from ...arrays.place import Array, Namespace
-from ...optimizers import SGD, Adam, AdamW, Places, _apply
-from ..flat import Flat, flat_of
+from ...binding import Binding, Flat, flat_of
+from ...optimizers import SGD, Adam, AdamW, apply_update
 from .kernels import ACCUMULATOR, THREADS, TYPES, contiguous, kernel
 from .tables import COUNT, SOURCE, tables
 
@@ -95,20 +94,7 @@ _ADAM = (
 )
 
 
-def _sgd(optimizer: SGD, lr: float) -> tuple[float, ...]:
-    return lr, optimizer.momentum, float(optimizer.nesterov), optimizer.weight_decay
-
-
-def _adam(optimizer: Adam, lr: float) -> tuple[float, ...]:
-    (beta1, beta2), t = optimizer.betas, optimizer.steps
-    decoupled, root = isinstance(optimizer, AdamW), math.sqrt(1 - beta2**t)
-    return (
-        lr * root / (1 - beta1**t), beta1, 1 - beta1, beta2, 1 - beta2, optimizer.eps * root,
-        0.0 if decoupled else optimizer.weight_decay, 1 - lr * optimizer.weight_decay if decoupled else 1.0,
-    )  # fmt: skip
-
-
-_RULES: dict[type, tuple[tuple[str, str], Any]] = {SGD: (_SGD, _sgd), Adam: (_ADAM, _adam), AdamW: (_ADAM, _adam)}
+_RULES: dict[type, tuple[str, str]] = {SGD: _SGD, Adam: _ADAM, AdamW: _ADAM}
 
 
 def is_known(optimizer: Any) -> bool:
@@ -116,15 +102,15 @@ def is_known(optimizer: Any) -> bool:
     return type(optimizer) in _RULES
 
 
-def numbers(optimizer: Any, lr: float) -> tuple[float, ...]:
-    """The `NUMBERS` of the step that `optimizer.steps` counts, at the rate `lr`."""
-    found = optimizer.clip_norm or 0.0, *_RULES[type(optimizer)][1](optimizer, lr)
+def numbers(optimizer: Any, by: tuple[float, ...]) -> tuple[float, ...]:
+    """The `NUMBERS` of a step, `by` what the optimizer's `scalars` gives."""
+    found = optimizer.clip_norm or 0.0, *by
     return (*found, *(0.0,) * (NUMBERS - len(found)))
 
 
 @functools.cache
 def _kernel(rule_of: Any, dtype: str) -> Any:
-    names, rule = _RULES[rule_of][0]
+    names, rule = _RULES[rule_of]
     line = " ".join(rule.split())
     return kernel("update", _UPDATE, dtype, f"#define NAMES {names}\n#define RULE {line}\n")
 
@@ -166,14 +152,14 @@ def update(
 def apply(
     xp: Namespace,
     optimizer: Any,
-    places: Places,
+    bound: Binding,
     gradients: Mapping[str, Array],
-    lr: float,
+    by: Any,
     where: Array | None,
 ) -> None:
     """Update all parameters and moments in place."""
-    dtype = next(iter(gradients.values())).dtype
+    dtype = bound.place.dtype
     if not is_known(optimizer) or dtype.char not in TYPES:  # somebody's own rule or layer
-        return _apply(xp, optimizer, places, gradients, lr, where)
-    flat = flat_of(xp, optimizer, places, align=256 // dtype.itemsize)  # what cuBLAS likes operands to start at
-    return update(flat, optimizer, [gradients[name] for name in flat.views], numbers(optimizer, lr), where)
+        return apply_update(xp, optimizer, bound, gradients, by, where)
+    flat = flat_of(xp, bound, align=256 // dtype.itemsize)  # what cuBLAS likes operands to start at
+    return update(flat, optimizer, [gradients[name] for name in flat.views], numbers(optimizer, by), where)
