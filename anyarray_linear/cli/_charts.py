@@ -1,20 +1,25 @@
-"""Small charts as SVG. Their colours are the page's style sheet's, so that they follow the reader's dark mode."""
+"""The drawings of a run, made once by matplotlib: as SVG in the page, whose colours they follow, and as a picture."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from html import escape
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from ._html import note
 
 Point = tuple[float, float]
 T = TypeVar("T")
 
-COLOURS = 6
-"""The classes `c0` to `c5`; a seventh series has the first one's colour again, dashed."""
+COLOURS = ("#0b62c4", "#c2500a", "#17805c", "#8a3ab9", "#8a6a00", "#b0205e")
+"""Of the series; a seventh one has the first one's colour again, dashed. The page's dark mode has others in their place."""
+TEXT, GRID, PAPER = "#59636e", "#d9dde2", "#ffffff"
 MARKED, MAX_POINTS = 40, 400
-_WIDTH, _HEIGHT = 360, 236  # one unit is about a pixel on a phone, so the text can be read there
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 34
+_SIZE = (5.0, 3.3)  # inches of 72 units: one is about a pixel on a phone, so the text can be read there
+_VARIABLES = {TEXT: "var(--soft)", GRID: "var(--rule)", **{colour: f"var(--c{i})" for i, colour in enumerate(COLOURS)}}
 
 
 class Series(NamedTuple):
@@ -24,70 +29,21 @@ class Series(NamedTuple):
     points: Sequence[Point]
 
 
-class _Axis(NamedTuple):
-    """From values to positions, and where the ticks are."""
-
-    low: float
-    high: float
-    log: bool
-    start: float
-    end: float
-    ticks: list[float]
-
-    def __call__(self, value: float) -> float:
-        low, high, value = (map(math.log10, (self.low, self.high, value)) if self.log else (self.low, self.high, value))
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
+Draw = Callable[[Any], None]
+"""Draws onto matplotlib's axes."""
 
 
-def _axis(values: Sequence[float], start: float, end: float, *, log: bool = False, integer: bool = False) -> _Axis:
-    """An axis for these values, finite and with `log` positive; integers are epochs."""
-    from matplotlib.ticker import MaxNLocator
+class Chart(NamedTuple):
+    """A drawing and what is said about it."""
 
-    low, high = min(values), max(values)
-    if log:
-        low, high = (low, high) if high > 1.05 * low else (low / 1.5, high * 1.5)
-        exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-        fine = [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= m * 10.0**e <= high]
-        decades = [10.0**e for e in exponents if low <= 10.0**e <= high]
-        ticks = fine if len(fine) < 7 else decades[:: math.ceil(len(decades) / 6)]
-        if len(ticks) < 3:
-            ticks = [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
-        return _Axis(low, high, True, start, end, ticks)
-    if high - low <= 1e-12 * max(abs(low), abs(high)):
-        room = 0.5 if integer else abs(high) / 2 or 1.0
-        low, high = low - room, high + room
-    ticks = [float(tick) for tick in MaxNLocator(5, integer=integer).tick_values(low, high)]
-    if integer:
-        ticks = [tick for tick in ticks if tick.is_integer()]
-    else:
-        low, high = ticks[0], ticks[-1]
-    return _Axis(low, high, False, start, end, [tick for tick in ticks if low <= tick <= high])
-
-
-def _frame(x: _Axis, y: _Axis, x_label: str, y_label: str, percent: bool) -> list[str]:
-    """Grid, numbers and labels."""
-    bottom = _HEIGHT - _BOTTOM
-    parts = []
-    for tick in y.ticks:
-        at, text = y(tick), f"{tick:.4g}" if not percent else f"{100 * tick:.4g}%"
-        parts.append(f'<path class="grid" d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 5}" y="{at + 3.5:.1f}" text-anchor="end">{text}</text>')
-    for tick in x.ticks:
-        parts.append(f'<path class="grid" d="M{x(tick):.1f} {_TOP}V{bottom}"/>')
-        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{tick:.5g}</text>')
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{_HEIGHT - 3}" text-anchor="middle">{escape(x_label)}</text>')
-    if y_label:
-        parts.append(f'<text x="11" y="{(_TOP + bottom) / 2}" text-anchor="middle" class="turned">{escape(y_label)}</text>')
-    return parts
-
-
-def _figure(title: str, told: str, parts: list[str], legend: str, note: str) -> str:
-    note = f'<p class="note">{escape(note)}</p>' if note else ""
-    return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(told)}">{"".join(parts)}</svg>{legend}{note}</figure>'
-    )
+    title: str
+    draw: Draw | None
+    """`None`: there is nothing to draw."""
+    told: str
+    """In words, for who cannot see it."""
+    series: Sequence[str] = ()
+    """What the colours stand for, if there are several."""
+    note: str = ""
 
 
 def thinned(items: Sequence[T], most: int) -> Sequence[T]:
@@ -100,45 +56,189 @@ def thinned(items: Sequence[T], most: int) -> Sequence[T]:
     return items if step <= 1 else items[(len(items) - 1) % step :: step]
 
 
-def lines(
+# ---------------------------------------------------------------------------------------------------------------------
+# What is drawn
+
+
+def by_epoch(
     title: str,
     series: Sequence[Series],
     *,
     log: bool = False,
     percent: bool = False,
     from_zero: bool = False,
+    chosen: int | None = None,
     note: str = "",
-) -> str:
-    """Values by epoch; with `log`, on a logarithmic axis, which has no place for 0."""
+) -> Chart:
+    """Values by epoch; with `log`, on a logarithmic axis, which has no place for 0. `chosen`: the model's epoch."""
     kept = [
         Series(name, [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)]) for name, points in series
     ]
     kept = [each for each in kept if each.points]
     if not kept:
-        return f'<figure><figcaption>{escape(title)}</figcaption><p class="note">There is nothing to draw.</p></figure>'
-    x = _axis([x for each in kept for x, _ in each.points], _LEFT, _WIDTH - _RIGHT, integer=True)
-    heights = [y for each in kept for _, y in each.points] + [0.0] * from_zero
-    y = _axis(heights, _HEIGHT - _BOTTOM, _TOP, log=log)
-    parts, entries = _frame(x, y, "epoch", "", percent), []
-    for i, (name, points) in enumerate(kept):
-        style = f"c{i % COLOURS}{' dashed' if i >= COLOURS else ''}"
-        at = [(x(a), y(b)) for a, b in thinned(points, MAX_POINTS)]
-        path = "L".join(f"{a:.1f} {b:.1f}" for a, b in at)
-        parts.append(f'<path class="line {style}" d="M{path}"/>')
-        if len(at) < MARKED:
-            parts += [f'<circle class="dot {style}" cx="{a:.1f}" cy="{b:.1f}" r="2.2"/>' for a, b in at]
-        entries.append(f'<li><svg viewBox="0 0 20 8" aria-hidden="true"><path class="line {style}" d="M0 4H20"/></svg>'
-                       f"{escape(name)}</li>")  # fmt: skip
+        return Chart(title, None, title)
+
+    def draw(axes: Any) -> None:
+        if chosen is not None:
+            axes.axvline(chosen, color=TEXT, linewidth=1, linestyle=":")
+        for i, (_, points) in enumerate(kept):
+            x, y = zip(*thinned(points, MAX_POINTS), strict=True)
+            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < len(COLOURS) else "--"}
+            axes.plot(x, y, marker="." if len(x) < MARKED else None, markersize=5, clip_on=False, **style)
+        heights = [y for each in kept for _, y in each.points]
+        _epochs(axes, [x for each in kept for x, _ in each.points])
+        _heights(axes, heights, log=log, percent=percent, from_zero=from_zero)
+
     told = "; ".join(f"{each.name} from {each.points[0][1]:.4g} to {each.points[-1][1]:.4g}" for each in kept)
-    legend = f'<ul class="legend">{"".join(entries)}</ul>' if len(kept) > 1 else ""
-    return _figure(title, f"{title} by epoch: {told}", parts, legend, note)
+    where = "" if chosen is None else f"; the model is that of epoch {chosen}"
+    names = [each.name for each in kept] if len(kept) > 1 else []
+    return Chart(title, draw, f"{title} by epoch: {told}{where}", names, note)
 
 
-def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str, note: str = "") -> str:
-    """Points with the diagonal where the two are equal."""
-    both = [value for point in points for value in point]
-    x, y = _axis(both, _LEFT + 14, _WIDTH - _RIGHT), _axis(both, _HEIGHT - _BOTTOM, _TOP)
-    parts = _frame(x, y, x_label, y_label, False)
-    parts.append(f'<path class="line c1" d="M{x(x.low):.1f} {y(x.low):.1f}L{x(x.high):.1f} {y(x.high):.1f}"/>')
-    parts += [f'<circle class="dot c0 faint" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.2"/>' for a, b in points]
-    return _figure(title, f"{title}: {len(points)} points; on the line the two are equal", parts, "", note)
+def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str, *, line: str, note: str = "") -> Chart:
+    """Points, and a line to see them against: `"equal"`, where both are, or `"zero"`."""
+    if not points:
+        return Chart(title, None, title)
+
+    def draw(axes: Any) -> None:
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, ".", color=COLOURS[0], markersize=5, markeredgewidth=0, alpha=0.55)
+        if line == "zero":
+            axes.axhline(0, color=COLOURS[1], linewidth=1.5)
+        else:
+            axes.axline((x[0], x[0]), slope=1, color=COLOURS[1], linewidth=1.5)
+        axes.set(xlabel=x_label, ylabel=y_label)
+
+    what = "where the two are equal" if line == "equal" else "of no error"
+    return Chart(title, draw, f"{title}: {len(points)} points, and the line {what}", (), note)
+
+
+def shares(title: str, points: Sequence[Point], x_label: str, y_label: str, note: str = "") -> Chart:
+    """Shares against shares, both from 0 to 100 %, and the line where they are equal."""
+
+    def draw(axes: Any) -> None:
+        axes.plot((0, 1), (0, 1), color=TEXT, linewidth=1, linestyle="--")
+        axes.plot(*zip(*points, strict=True), marker=".", markersize=8, color=COLOURS[0], clip_on=False)
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel=x_label, ylabel=y_label)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:.0%}")
+
+    told = ", ".join(f"{y:.0%} at {x:.0%}" for x, y in points)
+    return Chart(title, draw if points else None, f"{title}: {y_label}, {told}", (), note)
+
+
+def _epochs(axes: Any, epochs: Sequence[float]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("epoch")
+    low, high = min(epochs), max(epochs)
+    axes.set_xlim(*((low, high) if high > low else (low - 0.5, high + 0.5)))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def _heights(axes: Any, heights: Sequence[float], *, log: bool, percent: bool, from_zero: bool) -> None:
+    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
+
+    low, high = min(heights), max(heights)
+    if percent:  # up to all of them, and down to a full tenth, so that nothing is above 100 %
+        low = math.floor(10 * min(low, 0.9)) / 10
+        axes.set_ylim(low, 1)
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    elif log:
+        axes.set_yscale("log")
+        low, high = (low, high) if high > 1.05 * low else (low / 1.5, high * 1.5)
+        axes.set_ylim(low, high)
+        ratio = high / low
+        if ratio < 10:
+            ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+            axes.yaxis.set_major_locator(FixedLocator(ticks))
+        else:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 300 else (1.0,), numticks=7))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+    elif from_zero:
+        axes.set_ylim(bottom=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Onto what
+
+
+def figure(chart: Chart) -> str:
+    """The chart as a part of the page."""
+    head = f"<figure><figcaption>{escape(chart.title)}</figcaption>"
+    if chart.draw is None:
+        return f"{head}{note('There is nothing to draw.')}</figure>"
+    return f"{head}{_svg(chart)}{_legend(chart.series)}{note(chart.note)}</figure>"
+
+
+def picture(charts: Sequence[Chart]) -> bytes:
+    """Charts side by side, as a PNG."""
+    file = io.BytesIO()
+    drawn = _figure(len(charts))
+    for axes, chart in zip(drawn.axes, charts, strict=True):
+        axes.set_title(chart.title)
+        if chart.draw is None:
+            axes.text(0.5, 0.5, "no epoch was finished", ha="center", color=TEXT, transform=axes.transAxes)
+            continue
+        chart.draw(axes)
+        lines = [line for line in axes.get_lines() if line.get_color() in COLOURS]
+        if chart.series:
+            axes.legend(lines, chart.series, frameon=False)
+    drawn.savefig(file, format="png", dpi=150, facecolor=PAPER)
+    return file.getvalue()
+
+
+def _figure(count: int) -> Any:
+    """A figure with `count` axes side by side, without pyplot, so that it needs no display."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context({"font.size": 10.5, "axes.edgecolor": GRID, "axes.labelcolor": TEXT, "grid.color": GRID}):
+        drawn = Figure(figsize=(_SIZE[0] * count, _SIZE[1]))
+        FigureCanvasAgg(drawn)
+        for i in range(count):  # with room for numbers of seven digits
+            axes = drawn.add_axes(((0.16 + i) / count, 0.16, 0.8 / count, 0.75 if count > 1 else 0.8))
+            axes.set(facecolor="none", axisbelow=True)
+            axes.grid(color=GRID, linewidth=0.8)
+            axes.tick_params(length=0, pad=6, labelcolor=TEXT)
+            axes.spines[:].set_visible(False)
+    return drawn
+
+
+def _svg(chart: Chart) -> str:
+    """The drawing as SVG for inside a page: small, and its colours the page's."""
+    from matplotlib import rc_context
+
+    assert chart.draw is not None
+    file = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):  # the same bytes again, and another chart's ids
+        drawn = _figure(1)
+        chart.draw(drawn.axes[0])
+        unsaid: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        drawn.savefig(file, format="svg", transparent=True, metadata=unsaid)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace("\n", " ")
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1)  # it would be the whole page's
+    svg = re.sub(r"font-family:[^;\"]*;? *|<g id=\"[^\"]*\"/>", "", svg)
+    used = set(re.findall(r"#([\w]+)[\")]", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r"#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), svg)
+    svg = re.sub(r"\s+(?=[<\"/])|(?<=>)\s+", " ", svg)
+    return re.sub(
+        r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>",
+        lambda found: f'<svg {found[1]} role="img" aria-label="{escape(chart.told)}">',
+        svg.strip(),
+        count=1,
+    )
+
+
+def _legend(names: Sequence[str]) -> str:
+    entries = "".join(
+        f'<li><svg viewBox="0 0 20 8" aria-hidden="true"><path style="stroke:var(--c{i % len(COLOURS)});stroke-width:2'
+        f'{";stroke-dasharray:5 3" if i >= len(COLOURS) else ""}" d="M0 4H20"/></svg>{escape(name)}</li>'
+        for i, name in enumerate(names)
+    )
+    return f'<ul class="legend">{entries}</ul>' if names else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import shlex
@@ -15,8 +14,12 @@ from rich.table import Table
 
 from ..files.atomic import atomic_write
 from ..files.models import save_model
+from ._charts import picture
+from ._curves import learning
+from ._folder import FILES
+from ._scores import LABELS, parts_of, shown
 
-FILES = ("config.json", "model.safetensors", "history.jsonl", "curves.png", "report.html", "summary.json")
+_CLASSES = 12
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -28,11 +31,9 @@ def write_results(
     folder: Path, model: Any, metadata: dict[str, Any], rows: list[dict[str, Any]], summary: dict[str, Any], report: str
 ) -> None:
     """Write all files but config.json, each of them whole, and the summary last: where it is, the others are."""
-    picture = io.BytesIO()
-    curves(rows).savefig(picture, format="png")
     save_model(model, folder / "model.safetensors", metadata=metadata)
     atomic_write(folder / "history.jsonl", "".join(json.dumps(_plain(row)) + "\n" for row in rows).encode())
-    atomic_write(folder / "curves.png", picture.getvalue())
+    atomic_write(folder / "curves.png", picture(learning(rows)))
     atomic_write(folder / "report.html", report.encode())
     write_json(folder / "summary.json", summary)
 
@@ -45,14 +46,19 @@ def _plain(value: Any) -> Any:
 
 
 def show(folder: Path, summary: dict[str, Any], processes: str | None = None) -> None:
-    """Print the summary as a table, and where the files are."""
+    """Print the scores as tables, and where the files are."""
     console = Console()
-    scores = {name: value for name, value in summary.items() if isinstance(value, dict)}
-    columns = list(scores["train"])
-    table = Table("", *columns, title=f"{summary['device']}, {summary['seconds']:.1f} s")
-    for name, score in scores.items():
-        table.add_row(name, *(format(score[column], ".2%" if column == "accuracy" else ".4g") for column in columns))
+    scores = parts_of(summary)
+    table = Table("", *scores, title=f"{summary['device']}, {summary['seconds']:.1f} s")
+    for name in (name for name in LABELS if name in scores["train"]):
+        table.add_row(LABELS[name], *(shown(name, score[name]) for score in scores.values()))
     console.print(table)
+    part, score = next((name, scores[name]) for name in ("test", "validation", "train") if name in scores)
+    if "classes" in score:
+        console.print(_by_class(part, score["classes"]))
+    if summary["model_epoch"] < summary["epochs"]:
+        told = f"the model is that of epoch {summary['model_epoch']}, of the best loss on validation; --keep last: the last"
+        console.print(told, soft_wrap=True, highlight=False)
     console.print(f"{escape(str(folder))}: {', '.join(FILES)}", soft_wrap=True)
     console.print(f"Look at it: {escape((folder / 'report.html').resolve().as_uri())}", soft_wrap=True)
     if "interrupted" in summary:
@@ -66,30 +72,13 @@ def show(folder: Path, summary: dict[str, Any], processes: str | None = None) ->
         )
 
 
-def curves(rows: list[dict[str, Any]]) -> Any:
-    """A matplotlib figure of loss and accuracy over the epochs; without pyplot, so that it needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    names = ["loss", "accuracy"] if any("accuracy" in row for row in rows) else ["loss"]
-    figure = Figure(figsize=(5 * len(names), 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for key, label in ((name, "training"), (f"validation_{name}", "validation")):
-            points = [(row["epoch"], row[key]) for row in rows if key in row]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        if name == "accuracy":
-            axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-        elif rows and min(row["loss"] for row in rows) > 0:
-            axes.set_yscale("log")
-        if rows:
-            axes.legend()
-        else:
-            axes.set_title("no epoch was finished")
-    return figure
+def _by_class(part: str, scores: dict[str, Any]) -> Table:
+    """How well each class is found; of many, those that are found worst."""
+    few = sorted(scores, key=lambda name: scores[name]["f1"])[:_CLASSES] if len(scores) > _CLASSES else scores
+    some = "class by class" if few is scores else f"the {_CLASSES} of {len(scores)} classes with the lowest F1"
+    table = Table("class", "precision", "recall", "F1", "samples", title=f"{part}, {some}")
+    for name in few:
+        each = scores[name]
+        shares = (shown(kind, each[kind]) for kind in ("precision", "recall", "f1"))
+        table.add_row(escape(name if len(name) <= 30 else name[:29] + "…"), *shares, str(each["samples"]))
+    return table

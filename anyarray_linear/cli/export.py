@@ -10,6 +10,7 @@ import typer
 from ..files.atomic import atomic_write
 from ..files.models import read_metadata
 from ..interop.onnx import OPSET, file_to_onnx
+from ._model_file import model_file
 
 
 def export(
@@ -32,7 +33,7 @@ def export(
     - `anyarray-linear export runs/first`
     - `anyarray-linear export model.safetensors classifier.onnx --softmax`
     """
-    path = model / "model.safetensors" if model.is_dir() else model
+    path = model_file(model)
     target = path.with_suffix(".onnx") if out is None else out
     if target.exists() and path.exists() and target.samefile(path):
         raise typer.BadParameter("it is the file that is read; give another one", param_hint="OUT.onnx")

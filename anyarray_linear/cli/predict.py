@@ -20,6 +20,8 @@ from ..linear import Linear
 from ..protocol import leaves
 from ..training import predict as outputs_of
 from ._data import reading_progress
+from ._model_file import model_file
+from ._scores import softmax
 
 Host = np.ndarray[Any, Any]
 
@@ -49,7 +51,7 @@ def predict(
     - `anyarray-linear predict runs/first new_samples.csv`
     - `anyarray-linear predict model.safetensors new.npz --probabilities --out predictions.csv`
     """
-    path = model / "model.safetensors" if model.is_dir() else model
+    path = model_file(model)
     if out is not None and out.exists() and any(out.samefile(taken) for taken in (path, data) if taken.exists()):
         raise typer.BadParameter("it is one of the files that are read; give another one", param_hint="--out")
     network = load_model(path, device=select_device(device))
@@ -100,8 +102,7 @@ def _csv(Z: Host, classes: list[str] | None, probabilities: bool) -> str:
         writer.writerow(["prediction"])
         writer.writerows([label] for label in labels)
         return file.getvalue()
-    E = np.exp(Z.astype(np.float64) - Z.max(axis=1, keepdims=True))
-    P = E / E.sum(axis=1, keepdims=True)
+    P = softmax(Z.astype(np.float64))
     writer.writerow(["prediction", *(f"probability_{name}" for name in classes)])
     writer.writerows([label, *row] for label, row in zip(labels, P.tolist(), strict=True))
     return file.getvalue()

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from datetime import datetime
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import typer
 
-from .. import __version__, distributed
-from ..files.atomic import sweep
-from ..files.checkpoints import checkpoints, files_of
-from ..files.locks import locked
-from ..losses import MeanSquaredError
-from ..training import History, evaluate, fit
-from ._common import BAD_INPUT, StopSignals, bad, one_line, warn
-from ._report import Norms, report
-from ._results import FILES, show, write_json, write_results
+from .. import distributed
+from ._common import BAD_INPUT, StopSignals, bad, one_line
+from ._folder import fresh_folder, kept_folder, refuse_a_used
+from ._resuming import nothing_to_do, restored
 from ._run import LR, Run, prepare
+from ._training import train_run, write_run
 
-_CHECKPOINTS = "checkpoints"
-_SCORED_ROWS = 10_000  # training accuracy is measured after each epoch, on this many samples at most
-_CHANGEABLE = ("device", "epochs", "checkpoint_every")  # by --resume
 _GROUPS: dict[str | None, Callable[[], distributed.Group]] = {
     None: distributed.Group,
     "mpi": distributed.mpi,
@@ -101,6 +88,10 @@ def train(
         _option("Train with all processes of mpiexec, which share the batches; nccl for CUDA.", "Training", "--distributed"),
     ] = None,
     seed: Annotated[int, _option("Of the split, the weights and the order of the batches.", "Training", min=0)] = 0,
+    keep: Annotated[
+        Literal["best", "last"],
+        _option("The epoch whose weights the model gets: of the best loss on validation, or the last.", "Training"),
+    ] = "best",
     out: Annotated[
         Path | None, _option("The run's folder; by default a new one in runs/.", "Output", metavar="FOLDER")
     ] = None,
@@ -139,10 +130,10 @@ def train(
         if resume and context.obj is None:
             given = {name for name in vars(options) if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
             with group.running():
-                arguments = group.exchange(_restored(options, given) if group.rank == 0 else None)[0]
+                arguments = group.exchange(restored(options, given) if group.rank == 0 else None)[0]
             command = context.command
-            with command.make_context("train", arguments, parent=context.parent, obj=group) as restored:
-                command.invoke(restored)
+            with command.make_context("train", arguments, parent=context.parent, obj=group) as again:
+                command.invoke(again)
             return
         exit_code = _started(options, group)
     except Exception as error:
@@ -164,16 +155,18 @@ def _started(options: Any, group: distributed.Group) -> int:
             group.agree(_data_of(run))
             # machines differ in the last bits of a mean
             run.x_scaling, run.y_scaling, run.loss = group.exchange((run.x_scaling, run.y_scaling, run.loss))[0]
-            folder = None if group.rank else options.out or _fresh_folder()
+            folder = None if group.rank else options.out or fresh_folder()
             if folder is not None:
-                _refuse_a_used(folder, options)
+                refuse_a_used(folder, options)
             stop = kept.enter_context(StopSignals())
             if folder is not None:
-                kept.enter_context(_kept(folder, options))
-            trained = _train(run, options, folder, stop, group)
+                kept.enter_context(kept_folder(folder, options))
+            if folder is not None and options.resume and (told := nothing_to_do(folder, options)):
+                print(told)
+            trained = train_run(run, options, folder, stop, group)
             exit_code: int = max(group.exchange(stop.exit_code))
         if folder is not None:  # the others have left: they wait for no files
-            _write(run, options, folder, group, *trained)
+            write_run(run, options, folder, group, *trained)
     return exit_code or stop.exit_code
 
 
@@ -182,184 +175,3 @@ def _data_of(run: Run) -> dict[str, Any]:
     scalings = {"the scaling of X": run.x_scaling, "the scaling of y": run.y_scaling}
     numbers = {name: None if s is None else " and ".join(map(str, s)) for name, s in scalings.items()}
     return {"classes": run.classes, "features": run.features, **numbers}
-
-
-@contextmanager
-def _kept(folder: Path, options: Any) -> Iterator[None]:
-    """The folder, locked; after a failure without anything to go on with, it is as it was."""
-    is_new = not folder.exists()
-    with locked(folder / _CHECKPOINTS):
-        sweep(folder)
-        if options.overwrite:
-            _clear(folder)
-        try:
-            yield
-        except BaseException:
-            if not options.resume and not checkpoints(folder / _CHECKPOINTS):
-                _clear(folder)
-                _remove_empty(folder, is_new)
-            raise
-
-
-def _fresh_folder() -> Path:
-    name = datetime.now().strftime("%Y%m%d-%H%M%S")
-    tries = (Path("runs", name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
-    return next(folder for folder in tries if not folder.exists())
-
-
-def _refuse_a_used(folder: Path, options: Any) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise bad("out", f"{folder} is a file; give a folder")
-    used = next((name for name in FILES if (folder / name).exists()), None)
-    if used is None and checkpoints(folder / _CHECKPOINTS):
-        used = _CHECKPOINTS
-    if used and not (options.overwrite or options.resume):
-        raise bad(
-            "out",
-            f"{folder} holds a run already ({used}); give another folder, go on with that run by --resume, "
-            "or replace it by --overwrite",
-        )
-
-
-def _clear(folder: Path) -> None:
-    """Remove the files that this command writes, and nothing else."""
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-    for path in files_of(folder / _CHECKPOINTS):
-        path.unlink(missing_ok=True)
-
-
-def _remove_empty(folder: Path, is_new: bool) -> None:
-    with suppress(OSError):  # something of somebody else's is in it
-        (folder / _CHECKPOINTS / ".lock").unlink(missing_ok=True)
-        (folder / _CHECKPOINTS).rmdir()
-        if is_new:
-            folder.rmdir()
-
-
-def _restored(options: Any, given: set[str]) -> list[str]:
-    """The command line that goes on with the run in the folder; options `given` again must be what they were."""
-    if options.out is None:
-        raise bad("resume", "it needs the folder of the run: --out FOLDER")
-    path = options.out / "config.json"
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-        raise ValueError(f"{path} is no regular file; start anew with --overwrite")
-    try:
-        with path.open(encoding="utf-8") as file:
-            stored = dict(json.loads(file.read(1 << 20))["options"])
-    except FileNotFoundError:
-        raise bad("resume", f"{options.out} holds no run (no config.json); leave out --resume to start one") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); start anew with --overwrite") from error
-    now = _stored(options)
-    unknown = sorted(stored.keys() - now.keys())
-    if unknown:  # such as "out", which would send all that is written elsewhere
-        raise ValueError(f"{path} has the option {unknown[0]!r:.60}, which no run is stored with; remove it from that file")
-    for name in given & now.keys():
-        fixed = name not in _CHANGEABLE or (name == "epochs" and stored.get("schedule") != "constant")
-        if fixed and now[name] != stored.get(name):
-            raise bad(name, f"it is {now[name]}, but the run in {options.out} has {stored.get(name)}; leave it out")
-    stored |= {name: now[name] for name in given & now.keys()}
-    arguments = []
-    for name, value in stored.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool) and isinstance(now[name], bool):
-            arguments.append(f"--{'' if value else 'no-'}{flag}")
-        elif value is not None:
-            arguments.append(f"--{flag}={value}")
-    arguments += ["--overwrite"] * options.overwrite
-    arguments += [] if options.processes is None else [f"--distributed={options.processes}"]
-    return [*arguments, f"--out={options.out}", "--resume"]  # the last word has who typed it
-
-
-def _stored(options: Any) -> dict[str, Any]:
-    """The options that config.json keeps, as JSON; where the files are as seen from anywhere."""
-    kept = {name: value for name, value in vars(options).items() if name not in ("out", "resume", "overwrite", "processes")}
-    return kept | {"data": None if options.data is None else str(options.data.resolve())}
-
-
-def _config(run: Run, options: Any) -> dict[str, Any]:
-    return {"options": _stored(options), "device": str(run.device), "model": repr(run.model), "version": __version__}
-
-
-def _train(
-    run: Run, options: Any, folder: Path | None, stop: StopSignals, group: distributed.Group
-) -> tuple[History, float]:
-    """The history, and the seconds that the whole training took; a folder has only rank 0."""
-    if folder is not None:
-        write_json(folder / "config.json", _config(run, options))
-        counts = ", ".join(f"{len(y)} {name}" for name, (_, y) in run.parts.items())
-        if options.processes is not None:
-            print(group)
-        print(f"{options.data or 'digits'}: {counts} samples; {run.device}: {run.device.reason}", flush=True)
-        if options.data is not None:
-            print(_decision(run, options), flush=True)
-        for line in run.reading.suspicious:
-            warn(line)
-    began = time.perf_counter()
-    history, count_before = _fit(run, options, folder, stop, group)
-    return history, time.perf_counter() - began + sum(row["seconds"] for row in history.rows[:count_before])
-
-
-def _decision(run: Run, options: Any) -> str:
-    """What the target was taken for, and how to have it otherwise."""
-    _, target, told, instead, _ = run.reading
-    return f"{target}: {told}" + (f"; to change that: --task {instead}" if instead and options.task is None else "")
-
-
-def _write(run: Run, options: Any, folder: Path, group: distributed.Group, history: History, seconds: float) -> None:
-    """Write the results, and show them."""
-    model = run.for_raw_data()
-    loss = run.loss if run.classes is not None else MeanSquaredError()
-    with np.errstate(over="ignore", invalid="ignore"):  # told below; of what is saved, on raw data
-        scores = {name: evaluate(model, X, y, loss=loss) for name, (X, y) in run.parts.items()}
-    wrong = [name for name, score in scores.items() if not math.isfinite(score["loss"])]
-    if "train" in wrong:
-        raise ValueError(
-            f"the loss of the trained model is not finite on {', '.join(wrong)}: its outputs overflow {options.dtype}; "
-            "no model is written. Give a smaller --lr, or --clip-norm 1, or scale the data"
-        )
-    for name in wrong:
-        warnings.warn(f"the loss on {name} is not finite: for some of its samples the model overflows", stacklevel=2)
-    summary = {"device": str(run.device), "seconds": round(seconds, 3), **scores}
-    if group.size > 1:
-        summary["ranks"] = group.size
-    if history.interrupted:
-        summary |= {"interrupted": True, "epochs": len(history.rows)}
-    metadata = {"classes": run.classes, "features": run.features}
-    page = report(run, model, folder, _config(run, options), history.rows, summary)
-    write_results(folder, model, metadata, history.rows, summary, page)
-    show(folder, summary, options.processes)
-
-
-def _fit(
-    run: Run, options: Any, folder: Path | None, stop: StopSignals, group: distributed.Group
-) -> tuple[History, int]:
-    """The history, and how many of its epochs are from before this run was resumed."""
-    X, y = run.scaled("train")
-    rows_now, norms = [], Norms(run, X, y)
-
-    def score(model: Any, row: dict[str, Any]) -> None:
-        rows_now.append(row)
-        row.update(norms(model))
-        if run.classes is not None:
-            row["accuracy"] = evaluate(model, X[:_SCORED_ROWS], y[:_SCORED_ROWS], loss=run.loss)["accuracy"]
-
-    history = fit(
-        run.model,
-        X,
-        y,
-        loss=run.loss,
-        optimizer=run.optimizer,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        validation=run.scaled("validation") if "validation" in run.parts else None,
-        seed=options.seed,
-        callbacks=[score],
-        checkpoint=None if folder is None else folder / _CHECKPOINTS,
-        checkpoint_every=None if folder is None else options.checkpoint_every,
-        resume=options.resume and folder is not None,
-        stop=stop,
-        group=group,
-    )
-    return history, len(history.rows) - len(rows_now)

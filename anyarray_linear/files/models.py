@@ -117,3 +117,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     info = read(path).info
     return {} if info is None else dict(info["metadata"])
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a checkpoint, whose weights are for training to go on, and not a model of `save_model`.
+
+    Raises `CheckpointError` for a damaged file.
+    """
+    info = read(path).info
+    return info is not None and "optimizer" in info

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 from test_cli import options_for
 
 from anyarray_linear import Linear, MeanSquaredError, load_model
-from anyarray_linear.cli import _charts, _report, _run, main
+from anyarray_linear.cli import _answers, _charts, _curves, _norms, _report, _run, _scores, main
 from anyarray_linear.datasets import load_data, load_digits, split
 
 
@@ -92,7 +94,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
-        if self.open and self.open[-1] in ("td", "th"):
+        if {"td", "th"} & set(self.open[-2:]):  # or in the bdi of a name
             self.tables[self._label][-1][-1] += data
 
 
@@ -136,7 +138,7 @@ def test_norms_in_the_history_are_those_of_the_layers_and_of_a_gradient_by_hand(
     layer = Linear(3, 2, seed=0)
     layer.b = rng.normal(size=(1, 2))
     run: Any = type("Run", (), {"model": [layer], "loss": MeanSquaredError(), "device": layer.device, "classes": None})
-    found = _report.Norms(run, X, y)(layer)
+    found = _norms.Norms(run, X, y)(layer)
     X, y = X[:256], y[:256]
     dZ = 2 * (X @ layer.W.T + layer.b - y) / y.size
     expected = np.sqrt(np.sum((dZ.T @ X) ** 2) + np.sum(dZ.sum(axis=0) ** 2))
@@ -155,7 +157,7 @@ def test_history_has_the_norms_after_each_epoch_and_the_last_are_the_saved_model
 
 def test_looking_at_the_norms_changes_no_bit_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_norms = trained(tmp_path / "with", "--epochs", 2)
-    monkeypatch.setattr(_report.Norms, "__call__", lambda self, model: {})
+    monkeypatch.setattr(_norms.Norms, "__call__", lambda self, model: {})
     without = trained(tmp_path / "without", "--epochs", 2)
     assert (with_norms / "model.safetensors").read_bytes() == (without / "model.safetensors").read_bytes()
 
@@ -185,7 +187,10 @@ def test_names_from_the_data_are_text_and_no_code(table: Path, tmp_path: Path) -
         assert name == classes[y[int(sample)]] == NAMES[int(sample) % 3]
         assert float(width) == pytest.approx(X[int(sample), 0], rel=1e-3)
     assert "'" in page.text
-    assert f"--out '{tmp_path}/a <b> & '\"'\"'c'\"'\"''" in page.text
+    assert "predict 'a <b> & '\"'\"'c'\"'\"'' FILE" in page.text
+    assert str(tmp_path) not in page.text
+    assert str(table.parent) not in (folder / "report.html").read_text(encoding="utf-8")
+    assert all("<bdi>" + escape(name) in (folder / "report.html").read_text(encoding="utf-8") for name in NAMES)
 
 
 def test_regression_shows_answers_beside_targets_and_the_worst_first(numbers: Path, tmp_path: Path) -> None:
@@ -205,17 +210,46 @@ def test_regression_shows_answers_beside_targets_and_the_worst_first(numbers: Pa
 
 def test_many_classes_make_a_list_of_the_pairs_and_no_matrix() -> None:
     y = np.array([0, 0, 0, 1, 1, 2] * 10)
-    html = _report._confusion([f"k{i}" for i in range(50)], y, np.where(y == 1, 4, np.where(y == 2, 3, y)), "test")
+    html = _answers.confused([f"k{i}" for i in range(50)], y, np.where(y == 1, 4, np.where(y == 2, 3, y)), "test")
     assert Page(html).tables == {
         "The pairs that are confused most": [["class", "answer", "samples"], ["k1", "k4", "20"], ["k2", "k3", "10"]]
     }
+    assert "A matrix of 50 classes could not be read. These are 2 of the 2 pairs" in Page(html).text
+
+
+def test_class_that_no_sample_is_of_is_said() -> None:
+    y = np.array([0, 0, 2])
+    page = Page(_answers.confused(["a", "b", "<c>", "d"], y, y, "test"))
+    assert "No test sample is of b, d." in page.text
+    assert page.tables["Confusion matrix"][0] == ["", "a", "b", "<c>", "d"]
+
+
+def test_many_classes_are_listed_worst_first() -> None:
+    rng = np.random.default_rng(0)
+    names = [f"k{i:03}" for i in range(150)]
+    y = rng.integers(0, 150, 2000)
+    answers = np.where(rng.random(2000) < 0.7, y, rng.integers(0, 150, 2000))
+    score = _scores.scores_of(np.eye(150)[answers], y, y, names)
+    page = Page(_answers.by_class(score["classes"], "test"))
+    rows = page.tables["Class by class"][1:]
+    assert len(rows) == 100
+    assert [row[3] for row in rows] == [f"{f:.2%}" for f in sorted(each["f1"] for each in score["classes"].values())[:100]]
+    assert "The 100 of 150 classes with the lowest F1" in page.text
+
+
+def test_calibration_is_of_the_groups_that_have_samples() -> None:
+    P = np.array([[0.95, 0.05], [0.9, 0.1], [0.45, 0.55], [0.6, 0.4]])
+    html = _answers._certainty(P, np.array([True, True, False, True]), "test")
+    (told,) = (attrs["aria-label"] for tag, attrs in Page(html).tags if tag == "svg")
+    assert told == "How sure, how right (calibration): right, 0% at 55%, 100% at 60%, 100% at 92%"
 
 
 def test_run_without_a_finished_epoch_has_a_page(numbers: Path, tmp_path: Path) -> None:
     run = _run.prepare(options_for(numbers))
     options = {**vars(options_for(numbers)), "data": str(numbers)}
     summary = {"seconds": 0.1, "interrupted": True, "train": {"loss": float("nan")}, "test": {"loss": 1.0}}
-    page = Page(_report.report(run, run.for_raw_data(), tmp_path, {"options": options, "device": "cpu"}, [], summary))
+    outputs = {name: run.for_raw_data()(X.astype("float64")) for name, (X, _) in run.parts.items()}
+    page = Page(_report.report(run, outputs, tmp_path, {"options": options, "device": "cpu"}, [], summary))
     assert "interrupted" in page.text
     assert "There is nothing to draw" in page.text
 
@@ -223,17 +257,42 @@ def test_run_without_a_finished_epoch_has_a_page(numbers: Path, tmp_path: Path) 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("values", [[1.0], [3.0, 3.0], [1e-30, 1e30], [0.0, 1.0, float("nan")], [-1.0, float("inf"), 5.0], []])
 def test_any_values_make_a_chart_inside_its_frame(values: list[float], log: bool) -> None:
-    page = Page(_charts.lines("Loss", [_charts.Series("a", list(enumerate(values, 1)))], log=log))
-    dots = [attrs for tag, attrs in page.tags if tag == "circle"]
+    page = Page(_charts.figure(_charts.by_epoch("Loss", [_charts.Series("a", list(enumerate(values, 1)))], log=log)))
+    dots = [attrs for tag, attrs in page.tags if tag == "use"]
     drawn = [value for value in values if np.isfinite(value) and (value > 0 or not log)]
     assert len(dots) == len(drawn)
     for dot in dots:
-        assert 40 <= float(dot["cx"] or 0) <= 360
-        assert 0 <= float(dot["cy"] or 0) <= 210
+        assert 40 <= float(dot["x"] or 0) <= 360
+        assert 0 <= float(dot["y"] or 0) <= 210
+
+
+def test_an_axis_of_shares_ends_at_100_percent() -> None:
+    points = [(1, 0.35), (2, 0.999), (3, 1.0)]
+    chart = _charts.by_epoch("Accuracy", [_charts.Series("a", points)], percent=True)
+    numbers = re.findall(r">\s*(\d+)%\s*<", _charts.figure(chart))
+    assert max(map(int, numbers)) == 100
+    assert min(map(int, numbers)) >= 30
+
+
+def test_colours_of_a_chart_are_the_pages_and_its_ids_its_own() -> None:
+    both = [_charts.figure(_charts.by_epoch(title, [_charts.Series("a", [(1, 2), (2, 1)])])) for title in ("One", "Two")]
+    assert both[0] == _charts.figure(_charts.by_epoch("One", [_charts.Series("a", [(1, 2), (2, 1)])]))
+    assert not re.findall(r"(?:stroke|fill): #", "".join(both))
+    ids = [attrs["id"] for html in both for _, attrs in Page(html).tags if "id" in attrs]
+    assert len(set(ids)) == len(ids) >= 2
+    assert "<style" not in "".join(both)
+
+
+def test_the_picture_is_the_same_drawing_and_marks_the_models_epoch() -> None:
+    rows = [{"epoch": i, "loss": 1 / i, "validation_loss": 2 / i, "accuracy": 0.5, "validation_accuracy": 0.4} for i in (1, 2, 3)]
+    charts = _curves.learning(rows, 2)
+    assert [chart.title for chart in charts] == ["Loss", "Accuracy"]
+    assert charts[0].told == "Loss by epoch: training from 1 to 0.3333; validation from 2 to 0.6667; the model is that of epoch 2"
+    assert _charts.picture(charts).startswith(b"\x89PNG")
 
 
 def test_long_training_is_thinned_and_keeps_its_last_epoch() -> None:
-    html = _charts.lines("Loss", [_charts.Series("a", [(i, 1 / i) for i in range(1, 100_001)])], log=True)
+    html = _charts.figure(_charts.by_epoch("Loss", [_charts.Series("a", [(i, 1 / i) for i in range(1, 100_001)])], log=True))
     assert len(html) < 20_000
     assert "to 1e-05" in html
 

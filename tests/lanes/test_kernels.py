@@ -30,7 +30,7 @@ PACKAGE = Path(anyarray_linear.__file__).parent
 SPILL = 64
 """Bytes per thread, stored and loaded, that are let pass: the assembler trades a register or two for more threads at once."""
 MAKERS = {"RawKernel", "RawModule", "ElementwiseKernel", "ReductionKernel", "fuse", "rawkernel"}
-PLACES = {("lanes/cupy/kernels.py", "RawKernel"), ("lanes/cupy/guard.py", "ElementwiseKernel"), ("arrays/doctor.py", "ElementwiseKernel")}
+PLACES = {("lanes/cupy/kernels.py", "RawKernel"), ("arrays/doctor.py", "ElementwiseKernel")}
 """Where the library makes kernels; what is made there, `lanes/cupy/programs.py` and `nvrtc.py` list."""
 
 needs_cupy = pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy, not a card")
