@@ -157,11 +157,11 @@ def _rows(xp: Any, X: Array) -> Array:
 
 def _forward_fits(X: Array, W: Array, b: Array | None) -> bool:
     """Whether a look tells that these may meet; where it says no, `_check_forward` says why."""
-    place, shape = place_of(W), W.shape
+    place = place_of(W)
     return (
-        place_of(X) is place
-        and place.computes
-        and len(shape) == 2
+        place.computes
+        and place_of(X) is place
+        and len(shape := W.shape) == 2
         and X.shape[-1:] == shape[1:]
         and 0 not in shape
         and (b is None or (place_of(b) is place and b.shape == (1, shape[0])))
