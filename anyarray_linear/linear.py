@@ -124,8 +124,14 @@ def _input_gradient(dZ: Array, X: Array, W: Array) -> Array:
     """`dX` alone, for a layer whose own gradients nobody wants."""
     if not _backward_fits(dZ, X, W):
         _check_backward(dZ, X, W)
-    with place_of(W).entered() as xp:
-        return xp.reshape(_rows(xp, dZ) @ W, X.shape)
+    place = place_of(W)
+    with place.entered() as xp:
+        return xp.reshape(place.run(input_gradient, _rows(xp, dZ), W), X.shape)
+
+
+def input_gradient(xp: Namespace, dZ: Array, W: Array) -> Array:
+    """`dX = dZ W` for a `dZ` of rows."""
+    return dZ @ W
 
 
 def affine_gradients(

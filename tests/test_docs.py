@@ -218,6 +218,26 @@ def test_api_page_has_signatures_lists_of_arguments_and_examples(site: Path) -> 
     assert not re.search(r"<blockquote>\s*<blockquote>", html)  # what Markdown makes of a doctest that is no code block
 
 
+def test_a_plot_shows_every_number_of_its_table(site: Path) -> None:
+    html = (site / "performance.html").read_text(encoding="utf-8")
+    source = (DOCS / "performance.md").read_text(encoding="utf-8")
+    titles = re.findall(r"<!-- plot: (.+) -->", source)
+    assert titles
+    for title in titles:
+        table = re.search(re.escape(title) + r".*\n\n((?:\|.*\n)+)", source)
+        assert table is not None
+        rows = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in table[1].splitlines()]
+        plain = [n for n in range(1, len(rows[0])) if all(re.fullmatch(r"[\d., ]+", row[n]) for row in rows[2:])]
+        numbers = sum(len(row[n].split(", ")) for n in plain for row in rows[2:])
+        svg = html[: html.index(f"<figcaption>{title}<")].rpartition("<svg")[2]
+        assert svg.count("<circle") == numbers + len(plain), title  # and one for each name
+        ones = re.findall(r'class="one" x1="([\d.]+)"', svg)
+        assert len(ones) == 1
+        dots = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)][:numbers]
+        values = [float(x) for row in rows[2:] for n in plain for x in row[n].split(", ")]
+        assert all((x > float(ones[0])) == (value > 1) for x, value in zip(dots, values, strict=True) if value != 1)
+
+
 @pytest.mark.parametrize(("size", "scheme"), [("desktop", "light"), ("phone", "dark"), ("desktop", "dark"), ("phone", "light")])
 def test_browser_shows_every_page_without_complaint(site: Path, tmp_path: Path, size: str, scheme: str) -> None:
     with browser.opened("https://site/index.html", tmp_path / "profile", size, scheme, site=site) as (page, wrong):

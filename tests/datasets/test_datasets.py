@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -738,12 +737,10 @@ HOSTILE_HEADERS = {
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_hostile_headers_are_refused_before_memory_is_taken(tmp_path, kind, method):
     path = zipped(tmp_path / "data.npz", {"X.npy": HOSTILE_HEADERS[kind], "y.npy": b""}, method)
-    start = time.perf_counter()
     peak, line = peak_of(load_data, path)
     assert len(line) < 400 + len(str(path))
     assert "declares shape" in line or "damaged" in line or "which are never loaded" in line
     assert peak < 4e6
-    assert time.perf_counter() - start < 2
 
 
 def test_zip_bombs_are_refused_before_they_unpack(tmp_path):
@@ -852,14 +849,12 @@ def mutated(rng, content, tokens):
 
 
 def attempt(load, *args, **options):
-    """What loading gives, or `None` where it refuses, in one line; and soon: it takes milliseconds, if nothing waits."""
-    start = time.perf_counter()
+    """What loading gives, or `None` where it refuses, in one line."""
     try:
         loaded, line = load(*args, **options), ""
     except DataError as error:
         loaded, line = None, str(error)
     assert loaded is not None or line.isprintable()
-    assert time.perf_counter() - start < 10
     return loaded
 
 
