@@ -40,9 +40,12 @@ class RawSquaredError(MeanSquaredError):
     def __init__(self, unit: float) -> None:
         self.unit = unit
 
-    def forward(self, Z: Any, target: Any) -> tuple[Any, dict[str, Any]]:
-        loss, cache = super().forward(Z, target)
+    def forward(self, Z: Any, target: Any, weights: Any = None) -> tuple[Any, dict[str, Any]]:
+        loss, cache = super().forward(Z, target, weights)
         return loss * self.unit**2, cache
+
+    def scores(self, parts: Any, rows: Any) -> dict[str, float]:
+        return {name: x if name == "r2" else x * self.unit for name, x in super().scores(parts, rows).items()}
 
 
 @dataclasses.dataclass
