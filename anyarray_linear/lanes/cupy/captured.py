@@ -24,6 +24,7 @@ import numpy as np
 
 from ...activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from ...arrays.place import Array, Namespace, place_of
+from ...binary import BinaryCrossEntropy
 from ...binding import Binding, flat_of
 from ...guard import Guard
 from ...linear import Linear
@@ -47,7 +48,7 @@ _LAYERS: dict[type, set[str]] = {
     ReLU: set(), Tanh: set(), Sigmoid: set(), SiLU: set(), GELU: {"approximate"},
 }  # fmt: skip
 """The layers that can be captured, with the attributes that are known of them."""
-_LOSSES = (SoftmaxCrossEntropy, MeanSquaredError)
+_LOSSES = (SoftmaxCrossEntropy, MeanSquaredError, BinaryCrossEntropy)
 
 
 class _Batch:
@@ -200,8 +201,8 @@ def why_not(step: TrainingStep, batch: _Batch, weights: Array | None) -> str | N
             return f"a {type(layer).__name__} has attributes that graphs do not know: {', '.join(sorted(unknown))}"
     if type(step.loss) not in _LOSSES:
         return f"{type(step.loss).__name__} is a loss that graphs do not know"
-    if any(option is not None and option != 0 for option in vars(step.loss).values()):
-        return f"{type(step.loss).__name__} has options that graphs do not know"
+    if not all(option is None or (isinstance(option, float) and not option) for option in vars(step.loss).values()):
+        return f"{type(step.loss).__name__} has options, or attributes, that graphs do not know"
     if weights is not None:
         return "samples have weights"
     if step.gradients is not loss_and_gradients:
