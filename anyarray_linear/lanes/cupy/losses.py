@@ -9,7 +9,7 @@ from typing import Any
 import cupy
 
 from ...arrays.place import Array, Namespace
-from ...losses import reciprocal
+from ...averages import reciprocal
 from .kernels import ACCUMULATOR, THREADS, blocks, by_value, contiguous, kernel
 
 ONE_BLOCK = 1 << 11

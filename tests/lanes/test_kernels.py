@@ -1,7 +1,7 @@
 """Every kernel of the library, compiled by NVRTC for every card from Turing to Blackwell: no driver, no card, no stand-in.
 
     pip install cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-runtime        or the same for CUDA 12, with -cu12 at their ends
-    pytest -m slow tests/test_kernels.py -s                               prints the table of registers and spills
+    pytest -m slow tests/lanes/test_kernels.py -s                               prints the table of registers and spills
 
 The first tests, which need CuPy but not its compiler, see to it that no kernel is left out.
 """
