@@ -8,10 +8,11 @@ from . import lanes
 from .activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from .arrays.device import Device
 from .arrays.selection import DeviceUnavailableError, select_device
+from .binary import BinaryCrossEntropy
 from .dropout import Dropout
 from .files import CheckpointError, load_checkpoint, load_model, save_checkpoint, save_model
 from .linear import Linear, LinearGradients, linear_backward, linear_forward
-from .losses import MeanSquaredError, SoftmaxCrossEntropy, softmax
+from .losses import Loss, MeanSquaredError, SoftmaxCrossEntropy, softmax
 from .normalization import LayerNorm
 from .optimizers import SGD, Adam, AdamW
 from .protocol import Layer, restore, snapshot
@@ -26,6 +27,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "BinaryCrossEntropy",
     "CheckpointError",
     "Device",
     "DeviceUnavailableError",
@@ -35,6 +37,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearGradients",
+    "Loss",
     "MeanSquaredError",
     "NonFiniteError",
     "ReLU",

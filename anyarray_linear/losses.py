@@ -7,13 +7,53 @@ as a 0-d array: turning it into a Python number is what makes a host wait for a 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from array_api_compat import is_torch_array
 
+from . import metrics
 from .arrays.checks import check_alike, check_array, check_float, check_place, check_shape
+from .arrays.numbers import real
 from .arrays.place import Array, Namespace, device_of, dtype_name, place_of
+from .averages import (
+    as_loss,
+    as_row,
+    is_whole,
+    numbers_per_column,
+    reciprocal,
+    scaled_sum,
+    shares,
+    total,
+    weight_of_elements,
+    weights_of_rows,
+)
+from .metrics import Parts
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """What every loss offers; write a class with these two methods and `fit` trains with it.
+
+    What a loss may have besides:
+
+    - `forward(Z, target, weights=None)`: weights per sample, `(N,)`, for `fit(sample_weight=...)`; the weighted mean.
+    - `divisor(Z, target, weights)`: what that mean divides by, a number or 0-d array, where it is not the number of rows or
+      the sum of the weights. `fit` needs it to work on a batch in parts.
+    - `check(target, Z)`: raises for a target that is wrong. `fit` calls it once before training, with all of `y` and the
+      outputs for one row, so it may read values.
+    - `metrics(Z, target) -> {"accuracy": ...}`: sums over a batch, 0-d arrays. `evaluate` adds them up over all batches, and
+      divides by the number of samples, or hands them to `scores(parts, rows)`, if there is one: for each name what each
+      batch gave, float64 on the host, its first axis the batches, whose numbers of rows are `rows`.
+    """
+
+    def forward(self, Z: Array, target: Array) -> tuple[Array, Any]:
+        """`(loss, cache)` for outputs `Z` `(N, ...)`: a 0-d array where `Z` is, and what `backward` will need."""
+        ...
+
+    def backward(self, cache: Any) -> Array:
+        """`dZ`, the gradient of the loss by `Z`; a loss that is a mean divides here."""
+        ...
 
 
 def softmax(Z: Array) -> Array:
@@ -48,6 +88,10 @@ class SoftmaxCrossEntropy:
     A class id outside `0..classes-1` is a `ValueError` where looking is free (NumPy, torch on a CPU), and elsewhere makes
     the loss and that row's gradient NaN.
 
+    class_weights: a number per class, by which each sample of that class counts more or less; the mean is a weighted one.
+    label_smoothing: this share of the target is spread evenly over all classes. ignore_id: a class id, such as -1, whose
+    samples count for nothing. All as in PyTorch's `CrossEntropyLoss`.
+
     >>> import numpy as np
     >>> loss = SoftmaxCrossEntropy()
     >>> value, cache = loss.forward(np.zeros((1, 4)), np.asarray([2]))
@@ -55,27 +99,82 @@ class SoftmaxCrossEntropy:
     (True, array([[ 0.25,  0.25, -0.75,  0.25]]))
     """
 
-    def forward(self, Z: Array, target: Array) -> tuple[Array, dict[str, Array]]:
+    def __init__(
+        self, class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0, ignore_id: int | None = None
+    ) -> None:
+        self.class_weights = None if class_weights is None else numbers_per_column("class_weights", class_weights)
+        self.label_smoothing = real("label_smoothing", label_smoothing, below=1.0)
+        if ignore_id is not None and (isinstance(ignore_id, bool) or not isinstance(ignore_id, int)):
+            raise TypeError(f"ignore_id is {ignore_id!r}; give a class id, an int, or None")
+        self.ignore_id = ignore_id
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there are no options: every sample counts alike, for its class alone."""
+        return self.class_weights is None and not self.label_smoothing and self.ignore_id is None
+
+    def forward(self, Z: Array, target: Array, weights: Array | None = None) -> tuple[Array, dict[str, Array]]:
         """`(loss, cache)`; the loss is a 0-d array of the dtype and on the device of `Z`.
+
+        weights: one per sample: of shape `(N,)`, or as class ids are; the mean is weighted by them.
 
         Raises `TypeError` and `ValueError` for a target that does not fit `Z`, before anything is computed.
         """
         _check_logits(Z)
-        if _target_is_ids(Z, target) and place_of(target).reads_freely:
-            self.check_ids(target, Z.shape[-1])
-        loss, P = place_of(Z).run(cross_entropy, Z, target)
-        return loss, {"P": P, "T": target}
+        if _target_is_ids(Z, target):
+            place = place_of(target)
+            if place.dtype_name == "bool":  # an index of bools would be a mask
+                with place.entered() as xp:
+                    target = xp.astype(target, xp.int32)
+            elif place.reads_freely:
+                self.check_ids(target, Z.shape[-1], self.ignore_id)
+        elif self.ignore_id is not None:
+            raise ValueError(f"ignore_id is {self.ignore_id}, but target has rows of probabilities; only ids can be ignored")
+        if weights is None and self.is_plain:
+            loss, P = place_of(Z).run(cross_entropy, Z, target)
+            return loss, {"P": P, "T": target}
+        loss, P, V, S = place_of(Z).run(weighted_cross_entropy, Z, target, *self._options(Z, weights))
+        return loss, {"P": P, "V": V, "S": S}
 
     def backward(self, cache: Mapping[str, Array]) -> Array:
         """`dZ`, of the shape of `Z`."""
-        P, T = cache["P"], cache["T"]
-        return place_of(P).run(cross_entropy_gradient, P, T)
+        P = cache["P"]
+        if "T" in cache:
+            return place_of(P).run(cross_entropy_gradient, P, cache["T"])
+        return place_of(P).run(weighted_cross_entropy_gradient, P, cache["V"], cache["S"])
+
+    def divisor(self, Z: Array, target: Array, weights: Array | None = None) -> Any:
+        """What the mean divides by: the number of rows, or the sum of their weights as a 0-d array."""
+        if weights is None and self.is_plain:
+            return math.prod(Z.shape[:-1])
+        return place_of(Z).run(targets_of_cross_entropy, Z, target, *self._options(Z, weights))[1]
+
+    def _options(self, Z: Array, weights: Array | None) -> tuple[Any, ...]:
+        classes = None if self.class_weights is None else as_row("class_weights", self.class_weights, Z)
+        return weights_of_rows(Z, weights, Z.ndim - 1), classes, self.label_smoothing, self.ignore_id
+
+    def check(self, target: Array, Z: Array) -> None:
+        """Raise `ValueError` for class ids that are no column of `Z`. Reads values."""
+        if is_whole(place_of(target)) and target.ndim == Z.ndim - 1:
+            self.check_ids(target, Z.shape[-1], self.ignore_id)
+
+    def metrics(self, Z: Array, target: Array) -> Mapping[str, Array]:
+        """The rows whose largest output is that of the target, and how often each class is the target."""
+        found: dict[str, Array] = place_of(Z).run(metrics.of_classes, Z, target, self.ignore_id)
+        return found
+
+    def scores(self, parts: Parts, rows: Any) -> dict[str, float]:
+        """`accuracy`, and `baseline_accuracy`: that of always saying the most frequent class."""
+        return metrics.class_scores(parts)
 
     @staticmethod
-    def check_ids(target: Array, classes: int) -> None:
+    def check_ids(target: Array, classes: int, ignore_id: int | None = None) -> None:
         """Raise `ValueError` unless every class id is in `0..classes-1`. Reads values: costs a wait on a GPU."""
-        if 0 in target.shape:
+        if 0 in target.shape or place_of(target).dtype_name == "bool":
             return
+        if ignore_id is not None:
+            with place_of(target).entered() as xp:
+                target = xp.where(target == ignore_id, xp.zeros_like(target), target)
         low, high = place_of(target).run(range_of, target)
         if low < 0 or high >= classes:
             raise ValueError(
@@ -83,7 +182,13 @@ class SoftmaxCrossEntropy:
             )
 
     def __repr__(self) -> str:
-        return "SoftmaxCrossEntropy()"
+        return shown_with_options(self, class_weights=None, label_smoothing=0.0, ignore_id=None)
+
+
+def shown_with_options(loss: Any, **defaults: Any) -> str:
+    """Its `repr`: the options that are not as by default."""
+    options = (f"{name}={value!r}" for name, default in defaults.items() if (value := getattr(loss, name)) != default)
+    return f"{type(loss).__name__}({', '.join(options)})"
 
 
 def _check_logits(Z: Array) -> None:
@@ -96,12 +201,12 @@ def _check_logits(Z: Array) -> None:
 def _target_is_ids(Z: Array, target: Array) -> bool:
     """Whether `target` holds class ids and not rows; raises if it fits neither."""
     place, here = place_of(target), place_of(Z)
-    if place.integral and place.xp is here.xp and place.device == here.device and target.shape == Z.shape[:-1]:
+    if is_whole(place) and place.xp is here.xp and place.device == here.device and target.shape == Z.shape[:-1]:
         return True
     check_array("target", target)
     check_place("Z", Z, "target", target)
     if tuple(target.shape) == tuple(Z.shape):
-        if not place.integral and target.dtype != Z.dtype:
+        if not is_whole(place) and target.dtype != Z.dtype:
             raise TypeError(
                 f"target is {place.dtype_name} but Z is {dtype_name(Z.dtype)}; cast it with xp.astype(target, Z.dtype)"
             )
@@ -111,7 +216,7 @@ def _target_is_ids(Z: Array, target: Array) -> bool:
             f"target has shape {tuple(target.shape)} but Z has {tuple(Z.shape)}; give class ids of shape "
             f"{tuple(Z.shape[:-1])}, or rows of the shape of Z"
         )
-    if not place.integral:
+    if not is_whole(place):
         raise TypeError(
             f"target is {place.dtype_name}, but class ids are integers; cast them with xp.astype(target, xp.int64)"
         )
@@ -131,7 +236,7 @@ def cross_entropy(xp: Namespace, Z: Array, target: Array) -> tuple[Array, Array]
     shifted, E, S = _exponentials(xp, Z)
     # a class of probability 0 adds 0 to the loss, also when its logit is -inf
     terms = T * (xp.log(S) - xp.where(T == 0, 0.0, shifted))
-    return _sum(xp, terms, reciprocal(math.prod(Z.shape[:-1]))), E / S
+    return scaled_sum(xp, terms, reciprocal(math.prod(Z.shape[:-1]))), E / S
 
 
 def cross_entropy_gradient(xp: Namespace, P: Array, target: Array) -> Array:
@@ -139,6 +244,61 @@ def cross_entropy_gradient(xp: Namespace, P: Array, target: Array) -> Array:
     T = _rows_of(xp, target, P)
     # a row of T sums to 1 if it is a distribution; PyTorch defines the rest this way too
     return (P * xp.sum(T, axis=-1, keepdims=True) - T) * reciprocal(math.prod(P.shape[:-1]))
+
+
+def weighted_cross_entropy(
+    xp: Namespace,
+    Z: Array,
+    target: Array,
+    weights: Array | None,
+    class_weights: Array | None,
+    smoothing: float,
+    ignore_id: int | None,
+) -> tuple[Array, Array, Array, Array]:
+    """`sum_ic V_ic (log sum_j exp Z_ij - Z_ic) / S`; also `P = softmax(Z)`, and `V` and `S` of the targets."""
+    V, S = targets_of_cross_entropy(xp, Z, target, weights, class_weights, smoothing, ignore_id)
+    shifted, E, sums = _exponentials(xp, Z)
+    terms = V * (xp.log(sums) - xp.where(V == 0, 0.0, shifted))
+    return as_loss(xp, total(xp, terms) / S, Z), E / sums, V, S
+
+
+def targets_of_cross_entropy(
+    xp: Namespace,
+    Z: Array,
+    target: Array,
+    weights: Array | None,
+    class_weights: Array | None,
+    smoothing: float,
+    ignore_id: int | None,
+) -> tuple[Array, Array]:
+    """How much each column of each row counts, `V`, and what the mean divides by, `S`.
+
+    With `T` the target as rows, smoothed, `w` the weights of classes and `s` those of samples: `V_ic = s_i w_c T_ic`. For
+    class ids `S` is the sum of `s_i w_id(i)`, for rows of probabilities that of `s_i`: PyTorch's definitions.
+    """
+    ids = target.ndim < Z.ndim
+    if ignore_id is not None:
+        counts = xp.expand_dims(target != ignore_id, axis=-1)
+        target = xp.where(target == ignore_id, xp.zeros_like(target), target)
+    T = hard = _rows_of(xp, target, Z)
+    if smoothing:
+        T = T * (1 - smoothing) + smoothing / Z.shape[-1]
+    each = xp.ones((*Z.shape[:-1], 1), dtype=Z.dtype, device=device_of(Z))  # how much each row counts
+    if weights is not None:
+        each = each * weights
+    if ignore_id is not None:
+        each = xp.where(counts, each, 0.0)
+    if class_weights is not None:
+        T = T * class_weights
+    V = T * each
+    if ids and class_weights is not None:
+        each = each * xp.sum(hard * class_weights, axis=-1, keepdims=True)
+    return V, total(xp, each)
+
+
+def weighted_cross_entropy_gradient(xp: Namespace, P: Array, V: Array, S: Array) -> Array:
+    """`dZ_ic = (P_ic sum_k V_ik - V_ic) / S`."""
+    return xp.astype((P * xp.sum(V, axis=-1, keepdims=True) - V) / S, P.dtype, copy=False)
 
 
 def _exponentials(xp: Namespace, Z: Array) -> tuple[Array, Array, Array]:
@@ -163,22 +323,11 @@ def _onehot(xp: Any, ids: Array, Z: Array) -> Array:
     return xp.where((ids < 0) | (ids >= Z.shape[-1]), math.nan, T)
 
 
-def _sum(xp: Namespace, terms: Array, factor: float) -> Array:
-    """The sum of `terms` times `factor`, a 0-d array. The mean of 65,536 float16 numbers is one, their sum is not."""
-    if dtype_name(terms.dtype) == "float16":
-        return xp.astype(xp.sum(terms, dtype=xp.float32) * factor, terms.dtype)
-    return xp.asarray(xp.sum(terms) * factor)
-
-
-def reciprocal(count: int) -> float:
-    """`1 / count`; the mean of nothing is NaN, as everywhere in the field."""
-    return 1 / count if count else math.nan
-
-
 class MeanSquaredError:
     """`loss = mean (Z - target)^2` over all elements, as PyTorch's `MSELoss`.
 
-    `forward(Z, target)`: the target has the shape, dtype and device of `Z`, or shape `(N,)` for a `Z` of `(N, 1)`.
+    `forward(Z, target)`: the target has the shape and device of `Z`, or shape `(N,)` for a `Z` of `(N, 1)`; it is of the
+    dtype of `Z`, or integers or bools, which are cast.
 
     >>> import numpy as np
     >>> loss = MeanSquaredError()
@@ -188,35 +337,81 @@ class MeanSquaredError:
            [0.]]))
     """
 
-    def forward(self, Z: Array, target: Array) -> tuple[Array, dict[str, Array]]:
+    def forward(self, Z: Array, target: Array, weights: Array | None = None) -> tuple[Array, dict[str, Array]]:
         """`(loss, cache)`; the loss is a 0-d array of the dtype and on the device of `Z`.
+
+        weights: one per sample, `(N,)`; the mean is weighted by them.
 
         Raises `ValueError` for a target of another shape, which broadcasting would turn into a wrong loss.
         """
-        place = place_of(Z)
-        if not place.computes or place_of(target) is not place:
-            check_float("Z", Z)
-            check_alike("Z", Z, "target", target)
-        column = Z.ndim == 2 and Z.shape[1] == 1 and tuple(target.shape) == (Z.shape[0],)
-        if not column:
-            check_shape("target", target, tuple(Z.shape), "the shape of Z")
-        loss, D = place.run(squared_error, Z, target)
-        return loss, {"D": D}
+        target = elements_of(Z, target)
+        if weights is None:
+            loss, D = place_of(Z).run(squared_error, Z, target)
+            return loss, {"D": D}
+        loss, D, V = place_of(Z).run(weighted_squared_error, Z, target, weights_of_rows(Z, weights, Z.ndim))
+        return loss, {"D": D, "V": V}
 
     def backward(self, cache: Mapping[str, Array]) -> Array:
         """`dZ = 2 (Z - target) / size`, of the shape of `Z`."""
-        return place_of(cache["D"]).run(squared_error_gradient, cache["D"])
+        D = cache["D"]
+        if "V" in cache:
+            return place_of(D).run(weighted_squared_error_gradient, D, cache["V"])
+        return place_of(D).run(squared_error_gradient, D)
+
+    def divisor(self, Z: Array, target: Array, weights: Array | None = None) -> Any:
+        """What the mean divides by: the number of elements, each counted with its weight."""
+        return weight_of_elements(Z, weights)
+
+    def metrics(self, Z: Array, target: Array) -> Mapping[str, Array]:
+        """Sums of squared and absolute errors, and of the target's deviations from its mean."""
+        found: dict[str, Array] = place_of(Z).run(metrics.of_numbers, Z, elements_of(Z, target))
+        return found
+
+    def scores(self, parts: Parts, rows: Any) -> dict[str, float]:
+        """`rmse`, `mae`, `r2`, and `baseline_rmse`: that of always saying the mean."""
+        return metrics.number_scores(parts, rows)
 
     def __repr__(self) -> str:
         return "MeanSquaredError()"
 
 
+def elements_of(Z: Array, target: Array) -> Array:
+    """The target of a loss that compares element by element, in the shape and dtype of `Z`."""
+    place, theirs = place_of(Z), place_of(target)
+    if not place.computes:
+        check_float("Z", Z)
+    if theirs is not place:
+        if is_whole(theirs):
+            check_place("Z", Z, "target", target)
+            with theirs.entered() as xp:
+                target = xp.astype(target, Z.dtype)
+        else:
+            check_alike("Z", Z, "target", target)
+    if Z.ndim == 2 and Z.shape[1] == 1 and tuple(target.shape) == (Z.shape[0],):
+        with place.entered() as xp:
+            return xp.reshape(target, Z.shape)
+    check_shape("target", target, tuple(Z.shape), "the shape of Z")
+    return target
+
+
 def squared_error(xp: Namespace, Z: Array, target: Array) -> tuple[Array, Array]:
     """`mean D^2`, and `D = Z - target`."""
     D = Z - xp.reshape(target, Z.shape)
-    return _sum(xp, D * D, reciprocal(math.prod(Z.shape))), D
+    return scaled_sum(xp, D * D, reciprocal(math.prod(Z.shape))), D
 
 
 def squared_error_gradient(xp: Namespace, D: Array) -> Array:
     """`dZ = 2 D / size`."""
     return D * (2 * reciprocal(math.prod(D.shape)))
+
+
+def weighted_squared_error(xp: Namespace, Z: Array, target: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """`sum_ij V_i D_ij^2`, `D = Z - target` and `V`, the weights of the rows, which sum to 1 over all elements."""
+    D = Z - target
+    V = shares(xp, Z, weights)
+    return as_loss(xp, total(xp, V * (D * D)), Z), D, V
+
+
+def weighted_squared_error_gradient(xp: Namespace, D: Array, V: Array) -> Array:
+    """`dZ = 2 V D`."""
+    return 2.0 * V * D

@@ -101,7 +101,7 @@ class Jax:
             raise RuntimeError("JAX is compared on the CPU only")
         jax.config.update("jax_platforms", "cpu")  # or it would take most of a card's memory where it sees one
         self.jax, self.version = jax, f"jax {jax.__version__}"
-        self.cpu = jax.devices("cpu")[0]
+        self.place = jax.devices("cpu")[0]
 
     def seconds(self, call: Call, repeats: int) -> float:
         def burst() -> None:
@@ -112,7 +112,7 @@ class Jax:
         return by_clock(burst, 1) / repeats
 
     def put(self, x: Any) -> Any:
-        return self.jax.device_put(x, self.cpu)
+        return self.jax.device_put(x, self.place)
 
     def get(self, x: Any) -> Host:
         return np.asarray(x)

@@ -1,4 +1,4 @@
-"""Measures what `distributed.md` states: training steps and all-reduces on 1, 2 and 4 ranks.
+"""Measures what `distributed_reference.md` states: training steps and all-reduces on 1, 2 and 4 ranks.
 
     python docs/distributed_scaling.py measured.json      needs mpi4py and an mpiexec; takes some three minutes
 

@@ -73,6 +73,8 @@ def test_code_in_the_page_runs(page: str, needs: str, tmp_path: Path, monkeypatc
     if needs and importlib.util.find_spec(needs) is None:
         pytest.skip(f"{needs} is not installed")
     monkeypatch.chdir(tmp_path)
+    for table in DOCS.glob("examples/*.csv"):
+        shutil.copy(table, tmp_path)
     names: dict[str, Any] = {"__name__": page}
     for block in blocks(page):
         if block.needs in ("", needs):
@@ -213,6 +215,26 @@ def test_api_page_has_signatures_lists_of_arguments_and_examples(site: Path) -> 
     assert "&gt;&gt;&gt; layer = Linear(3, 4, seed=0)" in text
     assert "<code>in_features, out_features</code>" in html
     assert not re.search(r"<blockquote>\s*<blockquote>", html)  # what Markdown makes of a doctest that is no code block
+
+
+def test_a_plot_shows_every_number_of_its_table(site: Path) -> None:
+    html = (site / "performance.html").read_text(encoding="utf-8")
+    source = (DOCS / "performance.md").read_text(encoding="utf-8")
+    titles = re.findall(r"<!-- plot: (.+) -->", source)
+    assert titles
+    for title in titles:
+        table = re.search(re.escape(title) + r".*\n\n((?:\|.*\n)+)", source)
+        assert table is not None
+        rows = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in table[1].splitlines()]
+        plain = [n for n in range(1, len(rows[0])) if all(re.fullmatch(r"[\d., ]+", row[n]) for row in rows[2:])]
+        numbers = sum(len(row[n].split(", ")) for n in plain for row in rows[2:])
+        svg = html[: html.index(f"<figcaption>{title}<")].rpartition("<svg")[2]
+        assert svg.count("<circle") == numbers + len(plain), title  # and one for each name
+        ones = re.findall(r'class="one" x1="([\d.]+)"', svg)
+        assert len(ones) == 1
+        dots = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)][:numbers]
+        values = [float(x) for row in rows[2:] for n in plain for x in row[n].split(", ")]
+        assert all((x > float(ones[0])) == (value > 1) for x, value in zip(dots, values, strict=True) if value != 1)
 
 
 @pytest.mark.parametrize(("size", "scheme"), [("desktop", "light"), ("phone", "dark"), ("desktop", "dark"), ("phone", "light")])

@@ -209,9 +209,7 @@ def test_a_mean_over_many_rows_does_not_overflow_on_the_way(backend):
         ([0, 1], None, TypeError, r"target is a list, not an array"),
         (1, None, TypeError, r"target is a int, not an array"),
         ([0.0, 1.0], "float32", TypeError, r"target is float32, but class ids are integers.*astype\(target"),
-        ([True, False], "bool", TypeError, r"target is bool, but class ids are integers"),
         (np.ones((2, 3)), "float64", TypeError, r"target is float64 but Z is float32.*astype\(target"),
-        (np.ones((2, 3)), "bool", TypeError, r"target is bool but Z is float32"),
         ([[0], [1]], "int64", ValueError, r"target has shape \(2, 1\) .*ids of shape \(2,\)"),
         ([0, 1, 2], "int64", ValueError, r"target has shape \(3,\)"),
         ([0], "int64", ValueError, r"target has shape \(1,\)"),
@@ -281,11 +279,10 @@ def test_squared_error_never_broadcasts(backend, Z_shape, shape):
         MeanSquaredError().forward(Z, target)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "int64", "bool"])
-def test_squared_error_refuses_another_dtype(backend, dtype):
+def test_squared_error_refuses_another_float_dtype(backend):
     Z = backend.asarray(np.ones((3, 1)), "float32")
-    with pytest.raises(TypeError, match=rf"^target is {dtype} but Z is float32.*astype\(target"):
-        MeanSquaredError().forward(Z, backend.asarray(np.ones((3, 1)), dtype))
+    with pytest.raises(TypeError, match=r"^target is float64 but Z is float32.*astype\(target"):
+        MeanSquaredError().forward(Z, backend.asarray(np.ones((3, 1)), "float64"))
 
 
 def test_backward_of_a_loss_may_be_asked_twice(backend):

@@ -28,8 +28,8 @@ def mpi(*, comm: Any = None, timeout: float = 300.0, half: bool = False, device_
 
     comm: an mpi4py communicator, if not all of them. timeout: after so many seconds without a sign of a rank, the others
     stop; it must be longer than the slowest callback and the writing of a checkpoint. half: send gradients as float16 (see
-    `docs/distributed.md` for the error and where it pays). device_buffers: whether this MPI takes CUDA memory, which is
-    otherwise asked of it; where it does not, gradients go through host memory.
+    `docs/distributed_reference.md` for the error and where it pays). device_buffers: whether this MPI takes CUDA memory,
+    which is otherwise asked of it; where it does not, gradients go through host memory.
 
     Every process must call it. Raises `ImportError` without mpi4py.
     """

@@ -16,10 +16,11 @@ import numpy as np
 
 from ..activations import ReLU, activation_gradient
 from ..arrays.place import Array, Namespace
+from ..averages import reciprocal
 from ..binding import Binding, Flat, flat_of
 from ..guard import all_finite
 from ..linear import affine, affine_gradients
-from ..losses import cross_entropy, cross_entropy_gradient, range_of, reciprocal
+from ..losses import cross_entropy, cross_entropy_gradient, range_of
 from ..optimizers import SGD, Adam, AdamW, apply_update, clipped
 
 # An array of 32 MiB that nobody touches, freed at once: from then on glibc keeps freed memory of up to that size at hand. It

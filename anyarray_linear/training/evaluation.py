@@ -3,43 +3,60 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ..arrays.device import Device
 from ..arrays.numbers import whole
-from ..arrays.place import Array, computing_on, dtype_name
+from ..arrays.place import Array, computing_on, dtype_name, place_of
+from ..metrics import class_scores, of_classes
 from .checking import check_loss, check_model, check_rows
 from .data import Data, is_float, memory_advice, model_place, row_taker
 
 
 def scores_of(model: Any, data: Data, loss: Any, batch_size: int) -> dict[str, float]:
-    """Mean loss and, where the targets are class ids, the share that the largest output gets right."""
-    losses, right, weights = [], [], []
+    """The mean loss, and the loss's own metrics; of a loss without any, for class ids, those of classes."""
+    values, found, rows = [], [], []
     for X, y in data.batches(None, batch_size):
         with data.device:
             Z = model(X)
             value, _ = loss.forward(Z, y)
+            found.append(dict(_metrics(loss, Z, y)))
+        rows.append(X.shape[0])
         with computing_on(Z) as xp:
-            losses.append(xp.astype(value, xp.float32) if dtype_name(value.dtype) == "float16" else value)
-            weights.append(X.shape[0])
-            if not is_float(y) and y.ndim == Z.ndim - 1:
-                found = xp.argmax(Z, axis=-1)
-                # of a row with NaN that is the NaN's position, which would be right by chance
-                hits = (found == xp.astype(y, found.dtype)) & ~xp.isnan(xp.max(Z, axis=-1))
-                right.append(xp.count_nonzero(hits))
-    with computing_on(losses[0]) as xp:
-        host = data.device.to_numpy(xp.stack(losses)).astype(np.float64)
-        scores = {"loss": math.fsum(host * weights) / len(data)}
-        if right:
-            per_row = math.prod(data.y.shape[1:])
-            scores["accuracy"] = int(data.device.to_numpy(xp.sum(xp.stack(right)))) / (len(data) * per_row)
-    return scores
+            values.append(xp.astype(value, xp.float32) if dtype_name(value.dtype) == "float16" else value)
+    counts = np.asarray(rows)
+    losses, parts = _read(data.device, values), {name: _read(data.device, [f[name] for f in found]) for name in found[0]}
+    scores = {"loss": math.fsum(losses * counts) / len(data)}
+    if hasattr(loss, "scores"):
+        return {**scores, **loss.scores(parts, counts)}
+    if hasattr(loss, "metrics"):
+        return {**scores, **{name: float(part.sum()) / len(data) for name, part in parts.items()}}
+    return {**scores, **(class_scores(parts) if parts else {})}
+
+
+def _metrics(loss: Any, Z: Array, y: Array) -> Mapping[str, Array]:
+    """What is summed over a batch."""
+    if hasattr(loss, "metrics"):
+        return loss.metrics(Z, y)  # type: ignore[no-any-return]
+    if is_float(y) or y.ndim != Z.ndim - 1:
+        return {}
+    return place_of(Z).run(of_classes, Z, y)  # type: ignore[no-any-return]
+
+
+def _read(device: Device, values: list[Array]) -> np.ndarray[Any, Any]:
+    """What every batch gave, on the host in float64: read all at once."""
+    with computing_on(values[0]) as xp:
+        return device.to_numpy(xp.stack([xp.asarray(value) for value in values])).astype(np.float64)
 
 
 def evaluate(model: Any, X: Array, y: Array, *, loss: Any, batch_size: int = 1024) -> dict[str, float]:
-    """`{"loss": mean, "accuracy": fraction}` of `model` on `X` `(N, ...)` and `y`; accuracy where `y` are class ids.
+    """`{"loss": mean, ...}` of `model` on `X` `(N, ...)` and `y`, with what else the loss has to tell.
+
+    Cross-entropies tell `accuracy`, for class ids, rows and labels, and `baseline_accuracy`, that of always saying what is
+    most frequent; squared error `rmse`, `mae`, `r2` and `baseline_rmse`, that of always saying the mean.
 
     Arrays move as in `fit`; the values are read once, at the end.
 

@@ -258,8 +258,9 @@ def test_outputs_that_are_not_numbers_are_never_right(backend):
         assert evaluate(model, X, 0 * y, loss=SoftmaxCrossEntropy())["accuracy"] == 0
 
 
-def test_evaluate_has_no_accuracy_for_real_targets():
-    assert evaluate(Linear(2, 1), np.ones((3, 2)), np.ones((3, 1)), loss=MeanSquaredError()).keys() == {"loss"}
+def test_evaluate_has_errors_and_no_accuracy_for_real_targets():
+    scores = evaluate(Linear(2, 1), np.ones((3, 2)), np.ones((3, 1)), loss=MeanSquaredError())
+    assert scores.keys() == {"loss", "rmse", "mae", "r2", "baseline_rmse"}
 
 
 def test_predict_gives_raw_outputs_where_X_lives(backend):

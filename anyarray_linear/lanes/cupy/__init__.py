@@ -8,20 +8,25 @@ the arrays. They hold no memory between calls, so any number of threads and stre
 
 from ...activations import activation, activation_gradient
 from ...guard import judged
-from ...linear import affine, affine_gradients
-from ...losses import cross_entropy, cross_entropy_gradient, squared_error
+from ...linear import affine, affine_gradients, input_gradient
+from ...losses import cross_entropy, cross_entropy_gradient, squared_error, squared_error_gradient
 from ...optimizers import apply_update
-from . import activations, guard, losses, products, update
+from ...step import training_step, training_step_on_rows
+from . import activations, captured, guard, losses, products, update
 
 OPERATIONS = {
     affine: products.forward,
     affine_gradients: products.backward,
+    input_gradient: products.input_gradient,
     activation: activations.activation,
     activation_gradient: activations.activation_gradient,
     cross_entropy: losses.cross_entropy,
     cross_entropy_gradient: losses.cross_entropy_gradient,
     squared_error: losses.squared_error,
+    squared_error_gradient: losses.squared_error_gradient,
     apply_update: update.apply,
     judged: guard.judged,
+    training_step: captured.step,
+    training_step_on_rows: captured.step_on_rows,
 }
 """The portable operations, and their faster equals for CuPy arrays."""

@@ -122,6 +122,11 @@ def _form(layer: Any) -> Any:
     return "tanh" if type(layer) is GELU and layer.approximate == "tanh" else type(layer)
 
 
+def needs_sum(layer: Any) -> bool:
+    """Whether the derivative of this activation is written in terms of its input."""
+    return type(layer) in (SiLU, GELU)
+
+
 def activation(xp: Namespace, layer: Any, X: Array) -> Array:
     """`Z = f(X)`."""
     if X.dtype.char not in TYPES or not is_known(layer):
@@ -156,7 +161,7 @@ def add_bias(Z: Array, b: Array, layer: Any = None) -> Array:
     The activation is a new array where its derivative needs the sum, and else takes its place.
     """
     if Z.size:
-        out = Z if layer is None or layer._kept == "Z" else cupy.ndarray(Z.shape, Z.dtype)
+        out = Z if layer is None or not needs_sum(layer) else cupy.ndarray(Z.shape, Z.dtype)
         grid, sizes = _sizes(Z.size, Z.shape[1])
         kind = None if layer is None else _form(layer)
         _bias(kind, Z.dtype.char)(grid, (THREADS,), (Z, contiguous(b), out, sizes))

@@ -9,7 +9,7 @@ from typing import Any
 import cupy
 
 from ...arrays.place import Array, Namespace
-from ...losses import reciprocal
+from ...averages import reciprocal
 from .kernels import ACCUMULATOR, THREADS, blocks, by_value, contiguous, kernel
 
 ONE_BLOCK = 1 << 11
@@ -112,6 +112,13 @@ KERNEL squared_error(const T* Z, const T* target, T* D, A* partial, T* loss, con
 }
 """
 
+_SCALED = """
+KERNEL scaled(const T* D, T* dZ, long long size, double factor)
+{
+    for (long long i = INDEX; i < size; i += STRIDE) dZ[i] = T(A(D[i]) * A(factor));
+}
+"""
+
 _FINISH = """
 KERNEL finish(const A* partial, T* loss, long long count, double factor)
 {
@@ -193,3 +200,12 @@ def squared_error(xp: Namespace, Z: Array, target: Array) -> tuple[Array, Array]
     grid, factor, sizes = _sizes(Z.size)
     work = kernel("squared_error", _SQUARED_ERROR, Z.dtype.char)
     return _summed(work, (contiguous(Z), contiguous(target.reshape(Z.shape)), D), sizes, grid, factor, Z), D
+
+
+def squared_error_gradient(xp: Namespace, D: Array) -> Array:
+    """`dZ = 2 D / size`."""
+    D, dZ = contiguous(D), cupy.ndarray(D.shape, D.dtype)
+    if D.size:
+        work = kernel("scaled", _SCALED, D.dtype.char)
+        work((blocks(D.size),), (THREADS,), (D, dZ, D.size, 2 * reciprocal(D.size)))
+    return dZ

@@ -27,7 +27,7 @@ from .activations import add_bias
 TF32 = os.environ.get("CUPY_TF32", "0") not in ("", "0")
 """Whether the factors of float32 products are rounded to 11 bits, as CuPy is told. CuPy, too, looks only once."""
 
-_NOT_TRANSPOSED, _TRANSPOSED, _BEST_ALGORITHM = 0, 1, -1
+_BEST_ALGORITHM = -1
 _FLOAT32, _FLOAT64, _IN_TF32 = 68, 70, 77  # cublasComputeType_t
 _FULL_SUMS = 16  # cublasMath_t: no sums in float16 where a product is split
 _LARGEST = 2**31 - 1  # sizes are ints
@@ -110,68 +110,85 @@ def capturable(stream: Any, memory: Array) -> Iterator[None]:
         handle.gemm = cublas.gemmEx  # which sets the stream at each call, and with it the default workspace
 
 
-def _laid_out(M: Array, size: int) -> tuple[Array, int, int]:
+def _laid_out(M: Array, size: int) -> tuple[Array, bool, int]:
     """`M`, or a copy where it must be; whether a BLAS that counts along rows has to transpose it; its leading dimension."""
     rows, columns = M.shape
     down, along = M.strides
     if along == size or columns == 1:
         step = down // size if rows > 1 else columns
         if columns <= step <= _LARGEST and (rows == 1 or down == step * size):
-            return M, _NOT_TRANSPOSED, step
+            return M, False, step
     if down == size or rows == 1:
         step = along // size if columns > 1 else rows
         if rows <= step <= _LARGEST and (columns == 1 or along == step * size):
-            return M, _TRANSPOSED, step
-    return cupy.ascontiguousarray(M), _NOT_TRANSPOSED, columns
+            return M, True, step
+    return cupy.ascontiguousarray(M), False, columns
 
 
-def gemm(A: Array, B: Array, *, exact: bool = False) -> Array:
+def gemm(A: Array, B: Array, *, A_T: bool = False, B_T: bool = False, exact: bool = False) -> Array:
     """`A B` for `A` `(m, k)` and `B` `(k, n)` of one float dtype on the current device, of any strides.
 
-    exact: the factors are not rounded, TF32 or not.
+    A_T, B_T: take the transpose of `A`, of `B`. exact: the factors are not rounded, TF32 or not.
     """
-    m, k = A.shape
-    n = B.shape[1]
+    k, m = A.shape if A_T else A.shape[::-1]
+    n = B.shape[0] if B_T else B.shape[1]
     dtype = A.dtype
     if not (m and n and k) or max(m, n, k) > _LARGEST or dtype.char not in _KINDS:
-        return cupy.zeros((m, n), dtype) if not k else A @ B
+        return cupy.zeros((m, n), dtype) if not k else (A.T if A_T else A) @ (B.T if B_T else B)
     kind, sums, alpha, beta, size = _KINDS[dtype.char]
-    if TF32 and sums == _FLOAT32 and size == 4 and not exact:
+    if TF32 and size == 4 and not exact:
         sums = _IN_TF32
-    A, A_transposed, A_step = _laid_out(A, size)
-    B, B_transposed, B_step = _laid_out(B, size)
+    if A.flags.c_contiguous:
+        A_step = A.shape[1]
+    else:
+        A, is_transposed, A_step = _laid_out(A, size)
+        A_T ^= is_transposed
+    if B.flags.c_contiguous:
+        B_step = B.shape[1]
+    else:
+        B, is_transposed, B_step = _laid_out(B, size)
+        B_T ^= is_transposed
     C = cupy.ndarray((m, n), dtype)
-    handle = _handle(C.data.device_id)
+    memory = C.data
+    handle = _handle(memory.device_id)
     # cuBLAS counts along columns, so what it is asked for is C^T = B^T A^T
     handle.gemm(
-        handle.ptr, B_transposed, A_transposed, n, m, k, alpha, B.data.ptr, kind, B_step,
-        A.data.ptr, kind, A_step, beta, C.data.ptr, kind, n, sums, _BEST_ALGORITHM,
+        handle.ptr, B_T, A_T, n, m, k, alpha, B.data.ptr, kind, B_step,
+        A.data.ptr, kind, A_step, beta, memory.ptr, kind, n, sums, _BEST_ALGORITHM,
     )  # fmt: skip
     return C
 
 
 _ones: dict[tuple[int, str, int], Array] = {}
+_rows_of_ones: dict[tuple[int, str, int], Array] = {}
 
 
 def ones_row(count: int, dtype: Any) -> Array:
-    """A row of ones on the current device, `(1, count)`; only to be read, and never given to the user.
+    """A row of ones on the current device, `(1, count)`; only to be read, and never given to the user."""
+    key = cupy.cuda.runtime.getDevice(), dtype.char, count
+    try:
+        return _rows_of_ones[key]
+    except KeyError:
+        if len(_rows_of_ones) > 1000:
+            _rows_of_ones.clear()
+        return _rows_of_ones.setdefault(key, _long_row_of_ones(count, dtype)[:, :count])
 
-    Rows are kept in powers of two and never dropped: memory that another stream still reads must not go back to the pool.
-    """
-    capacity = 1 << max(10, (count - 1).bit_length())
-    key = cupy.cuda.runtime.getDevice(), dtype.char, capacity
+
+def _long_row_of_ones(count: int, dtype: Any) -> Array:
+    """Rows are kept in powers of two and never dropped: memory that another stream still reads must not go to the pool."""
+    key = cupy.cuda.runtime.getDevice(), dtype.char, 1 << max(10, (count - 1).bit_length())
     row: Array = _ones.get(key)
     if row is None:
         with cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc):  # not from a pool that goes before the row
-            row = cupy.ones((1, capacity), dtype)
+            row = cupy.ones((1, key[2]), dtype)
         cupy.cuda.get_current_stream().synchronize()  # once: from now on any stream may read it
         row = _ones.setdefault(key, row)  # another thread may have been faster, and its row is in use
-    return row[:, :count]
+    return row
 
 
 def forward(xp: Namespace, X: Array, W: Array, b: Array | None) -> Array:
     """`Z = X W^T + b`."""
-    Z = gemm(X, W.T)
+    Z = gemm(X, W, B_T=True)
     return Z if b is None else add_bias(Z, b)
 
 
@@ -180,4 +197,9 @@ def backward(
 ) -> tuple[Array | None, Array, Array | None]:
     """`dX = dZ W`, `dW = dZ^T X` and `db = 1^T dZ`, which is a sum: it never rounds `dZ`, TF32 or not."""
     db = gemm(ones_row(dZ.shape[0], dZ.dtype), dZ, exact=True) if bias else None
-    return gemm(dZ, W) if needs_dX else None, gemm(dZ.T, X), db
+    return gemm(dZ, W) if needs_dX else None, gemm(dZ, X, A_T=True), db
+
+
+def input_gradient(xp: Namespace, dZ: Array, W: Array) -> Array:
+    """`dX = dZ W`."""
+    return gemm(dZ, W)

@@ -1,7 +1,7 @@
 """Every kernel of the library, compiled by NVRTC for every card from Turing to Blackwell: no driver, no card, no stand-in.
 
     pip install cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-runtime        or the same for CUDA 12, with -cu12 at their ends
-    pytest -m slow tests/test_kernels.py -s                               prints the table of registers and spills
+    pytest -m slow tests/lanes/test_kernels.py -s                               prints the table of registers and spills
 
 The first tests, which need CuPy but not its compiler, see to it that no kernel is left out.
 """
@@ -30,7 +30,7 @@ PACKAGE = Path(anyarray_linear.__file__).parent
 SPILL = 64
 """Bytes per thread, stored and loaded, that are let pass: the assembler trades a register or two for more threads at once."""
 MAKERS = {"RawKernel", "RawModule", "ElementwiseKernel", "ReductionKernel", "fuse", "rawkernel"}
-PLACES = {("lanes/cupy/kernels.py", "RawKernel"), ("lanes/cupy/guard.py", "ElementwiseKernel"), ("arrays/doctor.py", "ElementwiseKernel")}
+PLACES = {("lanes/cupy/kernels.py", "RawKernel"), ("arrays/doctor.py", "ElementwiseKernel")}
 """Where the library makes kernels; what is made there, `lanes/cupy/programs.py` and `nvrtc.py` list."""
 
 needs_cupy = pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy, not a card")

@@ -1,0 +1,90 @@
+"""Means over samples, each of which may count more or less: what losses divide by, and how weights are given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .arrays.checks import check_array, check_place, describe
+from .arrays.device import Device
+from .arrays.numbers import real
+from .arrays.place import Array, Namespace, Place, dtype_name, is_array, place_of
+
+
+def numbers_per_column(name: str, values: Any) -> tuple[float, ...]:
+    """Weights per class or label as Python floats."""
+    if is_array(values):
+        values = Device.of(values).to_numpy(values)
+    elif isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
+        raise TypeError(f"{name} is {describe(values)}; give a list of numbers, one for each column of Z")
+    if getattr(values, "ndim", 1) != 1 or not len(values):
+        raise ValueError(f"{name} has shape {getattr(values, 'shape', '(0,)')}; give one number for each column of Z")
+    return tuple(real(f"{name}[{i}]", value) for i, value in enumerate(values))
+
+
+def as_row(name: str, values: tuple[float, ...], Z: Array) -> Array:
+    """`values` where `Z` is and in its dtype, one for each of its columns."""
+    if len(values) != Z.shape[-1]:
+        raise ValueError(f"{name} has {len(values)} numbers, but Z has {Z.shape[-1]} columns (shape {tuple(Z.shape)})")
+    place = place_of(Z)
+    with place.entered() as xp:
+        return xp.asarray(values, dtype=Z.dtype, device=place.device)
+
+
+def weights_of_rows(Z: Array, weights: Array | None, most: int) -> Array | None:
+    """The weights of samples, with axes of size 1 for those of `Z` that they have not; `most` axes at most."""
+    if weights is None:
+        return None
+    check_array("weights", weights)
+    check_place("Z", Z, "weights", weights)
+    shape, place = tuple(weights.shape), place_of(weights)
+    if len(shape) > most or shape != tuple(Z.shape[: len(shape)]) or (not shape and most):
+        raise ValueError(f"weights has shape {shape} but must have {tuple(Z.shape[:1])}, one number for each row of Z")
+    if not is_whole(place) and weights.dtype != Z.dtype:
+        wanted = dtype_name(Z.dtype)
+        raise TypeError(f"weights is {place.dtype_name} but Z is {wanted}; cast it with xp.astype(weights, Z.dtype)")
+    with place.entered() as xp:
+        return xp.reshape(xp.astype(weights, Z.dtype, copy=False), (*shape, *[1] * (Z.ndim - len(shape))))
+
+
+def is_whole(place: Place) -> bool:
+    """Whether the dtype is one of integers or bools, which are cast as they are."""
+    return place.integral or place.dtype_name == "bool"
+
+
+def weight_of_elements(Z: Array, weights: Array | None) -> Any:
+    """How many elements `Z` has, each counted with the weight of its sample."""
+    if weights is None:
+        return math.prod(Z.shape)
+    W = weights_of_rows(Z, weights, Z.ndim)
+    with place_of(Z).entered() as xp:
+        return total(xp, W) * math.prod(Z.shape[weights.ndim :])
+
+
+def scaled_sum(xp: Namespace, terms: Array, factor: float) -> Array:
+    """The sum of `terms` times `factor`, a 0-d array. The mean of 65,536 float16 numbers is one, their sum is not."""
+    if dtype_name(terms.dtype) == "float16":
+        return xp.astype(xp.sum(terms, dtype=xp.float32) * factor, terms.dtype)
+    return xp.asarray(xp.sum(terms) * factor)
+
+
+def total(xp: Namespace, terms: Array) -> Array:
+    """The sum of `terms`, a 0-d array; of float16 in float32."""
+    return xp.asarray(xp.sum(terms, dtype=xp.float32 if dtype_name(terms.dtype) == "float16" else terms.dtype))
+
+
+def as_loss(xp: Namespace, total: Array, Z: Array) -> Array:
+    """`total` as a 0-d array of the dtype of `Z`; of NumPy's 0-d arrays, arithmetic makes scalars."""
+    return xp.astype(xp.asarray(total), Z.dtype, copy=False)
+
+
+def reciprocal(count: int) -> float:
+    """`1 / count`; the mean of nothing is NaN, as everywhere in the field."""
+    return 1 / count if count else math.nan
+
+
+def shares(xp: Namespace, Z: Array, weights: Array) -> Array:
+    """What part of the mean each element of `Z` is, with an axis of size 1 for those along which that is the same."""
+    per_weight = math.prod(Z.shape) // max(1, math.prod(weights.shape))
+    return xp.astype(weights / (total(xp, weights) * per_weight), Z.dtype, copy=False)

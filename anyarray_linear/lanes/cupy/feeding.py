@@ -1,0 +1,55 @@
+"""Batches from the host, one ahead: copied by way of pinned memory on a stream of their own, while the step before computes.
+
+Nobody waits: the copy waits on the device for what is under way there when its memory is taken, the step for its copy. Only
+where the host is `BEHIND` batches ahead of the device does it wait, lest all data end up in pinned memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import cupy
+import cupyx
+import numpy as np
+
+from ...arrays.place import Array
+
+BEHIND = 8
+"""Batches that may be on their way."""
+
+HostBatch = tuple[np.ndarray[Any, Any], ...]
+
+
+def fed(batches: Iterable[HostBatch], dtypes: tuple[Any, ...]) -> Iterator[tuple[Array, ...]]:
+    """The batches as arrays of these dtypes on the current device, for work on the current stream."""
+    copies = cupy.cuda.Stream(non_blocking=True)
+    under_way: deque[tuple[Any, list[Any]]] = deque()  # pinned memory is kept until its copy is done
+    ahead: tuple[list[Array], Any] | None = None
+    for batch in batches:
+        if len(under_way) >= BEHIND and not under_way[0][0].done:
+            under_way[0][0].synchronize()
+        while under_way and under_way[0][0].done:
+            under_way.popleft()
+        pinned = [cupyx.empty_pinned(x.shape, dtype) for x, dtype in zip(batch, dtypes, strict=True)]
+        for page, x in zip(pinned, batch, strict=True):
+            np.copyto(page, x, casting="unsafe")
+        there = [cupy.empty(x.shape, dtype) for x, dtype in zip(batch, dtypes, strict=True)]
+        # for whoever had this memory before
+        copies.wait_event(cupy.cuda.get_current_stream().record(cupy.cuda.Event(disable_timing=True)))
+        for page, x in zip(pinned, there, strict=True):
+            if x.nbytes:
+                x.data.copy_from_host_async(page.ctypes.data, x.nbytes, copies)
+        done = copies.record(cupy.cuda.Event(disable_timing=True))
+        under_way.append((done, pinned))
+        if ahead is not None:
+            yield _arrived(*ahead)
+        ahead = there, done
+    if ahead is not None:
+        yield _arrived(*ahead)
+
+
+def _arrived(there: list[Array], done: Any) -> tuple[Array, ...]:
+    cupy.cuda.get_current_stream().wait_event(done)
+    return tuple(there)
