@@ -544,6 +544,8 @@ class Doubled(ReLU):
     [
         (lambda: step_of(activation=Doubled), "Doubled is not compiled"),
         (lambda: TrainingStep(model_of((6, 4)), type("Own", (SoftmaxCrossEntropy,), {})(), SGD(0.1)), "loss Own"),
+        (lambda: step_of(loss=lambda: SoftmaxCrossEntropy(ignore_id=0)), "with its options"),
+        (lambda: step_of(loss=lambda: SoftmaxCrossEntropy(class_weights=[1, 2, 3, 4])), "with its options"),
         (lambda: step_of(optimizer=type("Own", (SGD,), {})(0.1)), "rule Own"),
         (lambda: TrainingStep(model_of((6, 4)), SoftmaxCrossEntropy(), SGD(0.1), gradients=lambda *a: steps.loss_and_gradients(*a)),
          "gradients of one's own"),

@@ -101,9 +101,9 @@ def rule_of(optimizer: Any) -> int:
 
 def loss_kind(loss: Any) -> int:
     """The number of a loss with class ids, or with rows for one that has no ids. Raises `Declined`."""
-    if any(value is not None and value != 0 for value in vars(loss).values()):
-        raise Declined(f"{loss!r}, with its options, is not compiled")
     if type(loss) is SoftmaxCrossEntropy:
+        if not loss.is_plain:
+            raise Declined(f"{loss!r}, with its options, is not compiled")
         return at.IDS
     if type(loss) is MeanSquaredError:
         return at.SQUARED

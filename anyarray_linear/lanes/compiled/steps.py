@@ -43,7 +43,6 @@ class Plan:
         if self.dtype.name not in ("float32", "float64") or not self.dtype.isnative:
             raise Declined(f"{self.dtype.name} is not compiled")
         self.rule, self.loss_kind = rule_of(optimizer), loss_kind(step.loss)
-        self.loss_options = dict(vars(step.loss))
         self.layers = layers_of(model)
         trained = {id(layer) for _, layer in self.bound.leaves}
         if not any(layer.parameters() and id(layer) in trained for layer in self.layers):
@@ -73,9 +72,9 @@ class Plan:
         bound = step.optimizer.bind(step.model)
         if flat_of(xp, bound) is not self.flat or bound.leaves != self.bound.leaves:
             return False
-        if layers_of(step.model) != self.layers or vars(step.loss) != self.loss_options:
+        if layers_of(step.model) != self.layers:
             return False
-        if rule_of(step.optimizer) != self.rule:
+        if rule_of(step.optimizer) != self.rule or (self.loss_kind == at.IDS and not step.loss.is_plain):
             return False
         if any(layer.W is not W or layer.b is not b for layer, W, b, _ in self.watched if id(layer) in self.frozen):
             return False
@@ -95,7 +94,7 @@ class Plan:
         optimizer = step.optimizer
         if optimizer.bound is not self.bound or optimizer.moment_names != self.bound.moment_names:
             return False
-        if vars(step.loss) != self.loss_options:
+        if self.loss_kind == at.IDS and not step.loss.is_plain:
             return False
         for container, layers in self.containers:
             if container.layers is not layers:
