@@ -39,6 +39,9 @@ class BinaryCrossEntropy:
     (True, array([[-0.25,  0.25]]))
     """
 
+    positive_weights: tuple[float, ...] | None = None
+    is_plain = True  # without weights of samples, all elements count alike in the mean
+
     def __init__(self, positive_weights: Sequence[float] | None = None) -> None:
         p = positive_weights
         self.positive_weights = None if p is None else numbers_per_column("positive_weights", p)

@@ -99,6 +99,10 @@ class SoftmaxCrossEntropy:
     (True, array([[ 0.25,  0.25, -0.75,  0.25]]))
     """
 
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    ignore_id: int | None = None
+
     def __init__(
         self, class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0, ignore_id: int | None = None
     ) -> None:
@@ -336,6 +340,8 @@ class MeanSquaredError:
     (2.0, array([[2.],
            [0.]]))
     """
+
+    is_plain = True
 
     def forward(self, Z: Array, target: Array, weights: Array | None = None) -> tuple[Array, dict[str, Array]]:
         """`(loss, cache)`; the loss is a 0-d array of the dtype and on the device of `Z`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any, Self, TextIO
@@ -18,7 +19,7 @@ def _line(row: dict[str, Any]) -> str:
 class Progress:
     """A context: `step` after each step, `epoch` after each epoch. Writes to standard error, and nothing if not `shown`."""
 
-    def __init__(self, epochs: int, steps_per_epoch: int, shown: bool, file: TextIO | None = None) -> None:
+    def __init__(self, epochs: int, steps_per_epoch: int | None, shown: bool, file: TextIO | None = None) -> None:
         self.epochs, self.steps_per_epoch, self.shown = epochs, steps_per_epoch, shown
         self.file = sys.stderr if file is None else file
         self._bar: Any = None
@@ -43,7 +44,7 @@ class Progress:
         """Move the bar, at most ten times a second."""
         if self._bar is not None and (now := time.monotonic()) > self._drawn + 0.1:
             self._drawn = now
-            self._bar.update(self._task, completed=epoch + step / self.steps_per_epoch, refresh=True)
+            self._bar.update(self._task, completed=epoch + step / (self.steps_per_epoch or math.inf), refresh=True)
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Show the epoch's row."""
