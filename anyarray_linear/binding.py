@@ -43,6 +43,7 @@ class Binding:
         self.names = set(parameters(model))  # of frozen layers too
         self.moments: dict[str, Moments] = {}
         self.flat: Flat | None = None
+        self.is_flat = False  # whether parameters and moments are views of `flat`, all of them
         self.switch_place: Place | None = None  # that of a `where` that was found to be right
 
     @classmethod
@@ -105,6 +106,14 @@ class Binding:
             return False
         now = self.now()
         return len(now) == len(self.parameters) and all(map(operator.is_, now, self.parameters))
+
+    def assign(self, new: Mapping[str, tuple[Array, Moments]]) -> None:
+        """Give every parameter and its moments their new arrays."""
+        self.is_flat = False
+        for name, (layer, p) in self.slots.items():
+            W, moments = new[name]
+            self.moments[name] = {**self.moments[name], **moments}
+            setattr(layer, p, W)
 
     def check(self, gradients: Mapping[str, Array | None]) -> None:
         """Raise unless there is a gradient for each parameter, of its shape and place, and for nothing else."""
@@ -201,7 +210,9 @@ class Flat:
 
 def flat_of(xp: Namespace, bound: Binding, align: int = 1) -> Flat:
     """The optimizer's buffers, made at its first step, with every parameter of the model in them as it is now."""
-    if bound.flat is None or not bound.flat.adopt(xp, bound):
-        bound.flat = Flat(xp, bound, align)
-        bound.flat.install(bound)
-    return bound.flat
+    flat = bound.flat
+    if flat is None or not (bound.is_flat or flat.adopt(xp, bound)):
+        flat = bound.flat = Flat(xp, bound, align)
+        flat.install(bound)
+    bound.is_flat = True
+    return flat
