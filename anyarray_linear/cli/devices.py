@@ -7,13 +7,13 @@ import json
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..arrays import cards, doctor
 from ..arrays.device import Device
 from ..arrays.selection import DeviceUnavailableError, select_device
+from ._streams import Terminal
 
 
 def devices(
@@ -83,7 +83,7 @@ def _row(device: Device) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any], *, with_steps: bool) -> None:
-    console = Console()
+    console = Terminal()
     table = Table("device", "name", "compute capability", "free / total memory", "driver", "CuPy", "float32 products")
     for row in report["devices"]:
         memory = "" if row["memory_free"] is None else f"{_gib(row['memory_free'])} / {_gib(row['memory_total'])} GiB"

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..arrays import cards, doctor
@@ -21,6 +20,7 @@ from ..arrays.device import Device
 from ..arrays.selection import select_device
 from ..linear import Linear
 from ..testing import adjoint_check, compare, gradcheck, usable_devices
+from ._streams import Terminal
 
 SHAPES: tuple[tuple[tuple[int, ...], int], ...] = (((32, 512), 64), ((4, 25, 100), 10))
 """The shapes of `X`, and `out_features`."""
@@ -160,7 +160,7 @@ def _checked(place: Device, dtype: str, shape: tuple[int, ...], out_features: in
 
 
 def _print(report: dict[str, Any]) -> None:
-    console = Console(width=max(Console().width, 132), highlight=False)
+    console = Terminal(width=max(Terminal().width, 132), highlight=False)
     table = Table("backend", "device", "dtype", "X -> Z", *OUTPUTS, "gradcheck", "adjoint", "verdict", box=box.SIMPLE_HEAD)
     table.columns[1].overflow, table.columns[3].no_wrap = "fold", True
     above = None
