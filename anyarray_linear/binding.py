@@ -175,17 +175,24 @@ class Flat:
             views[name][...] = x
         return flat, views
 
+    def has_moments_of(self, bound: Binding) -> bool:
+        """Whether all moments are the views of the buffers still."""
+        if bound.moment_names != self.moment_names:
+            return False
+        for m, views in zip(self.moment_names, self._moment_views, strict=True):
+            for name, view in views.items():
+                if bound.moments[name][m] is not view:
+                    return False
+        return True
+
     def adopt(self, xp: Namespace, bound: Binding) -> bool:
         """Copy in the parameters that the user has assigned, and make each `layer.W` a view of the buffer again.
 
-        False if that cannot be, and the buffers have to be made anew: other parameters or moments, or a parameter that is
-        itself a part of the buffer.
+        False if that cannot be, and the buffers have to be made anew: other parameters, or one that is itself a part of the
+        buffer.
         """
-        if bound.slots.keys() != self.slices.keys() or bound.moment_names != self.moment_names:
+        if bound.slots.keys() != self.slices.keys():
             return False
-        for m, views in zip(self.moment_names, self._moment_views, strict=True):
-            if any(bound.moments[name][m] is not view for name, view in views.items()):
-                return False
         assigned = [
             (layer, p, view)
             for (layer, p), view in zip(bound.slots.values(), self.views.values(), strict=True)
@@ -211,7 +218,7 @@ class Flat:
 def flat_of(xp: Namespace, bound: Binding, align: int = 1) -> Flat:
     """The optimizer's buffers, made at its first step, with every parameter of the model in them as it is now."""
     flat = bound.flat
-    if flat is None or not (bound.is_flat or flat.adopt(xp, bound)):
+    if flat is None or not (flat.has_moments_of(bound) and (bound.is_flat or flat.adopt(xp, bound))):
         flat = bound.flat = Flat(xp, bound, align)
         flat.install(bound)
     bound.is_flat = True
