@@ -8,7 +8,6 @@ import time
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from ..arrays import cards, doctor, remedies
 from ..arrays.device import Device
 from ..arrays.selection import DeviceUnavailableError, select_device
 from ..testing import check_step
+from ._streams import Terminal
 
 
 def devices(
@@ -103,7 +103,7 @@ def _row(device: Device) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any], *, with_steps: bool) -> None:
-    console = Console()
+    console = Terminal()
     table = Table("device", "name", "compute capability", "free / total memory", "driver", "CuPy", "float32 products")
     for row in report["devices"]:
         memory = "" if row["memory_free"] is None else f"{_gib(row['memory_free'])} / {_gib(row['memory_total'])} GiB"

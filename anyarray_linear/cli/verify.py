@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..arrays import cards, doctor
@@ -22,6 +21,7 @@ from ..arrays.device import Device
 from ..arrays.selection import select_device
 from ..linear import Linear
 from ..testing import adjoint_check, check_step, compare, gradcheck, usable_devices
+from ._streams import Terminal
 
 SHAPES: tuple[tuple[tuple[int, ...], int], ...] = (((32, 512), 64), ((4, 25, 100), 10))
 """The shapes of `X`, and `out_features`."""
@@ -166,7 +166,7 @@ def _checked(place: Device, dtype: str, shape: tuple[int, ...], out_features: in
 
 
 def _print(report: dict[str, Any]) -> None:
-    console = Console(width=max(Console().width, 132), highlight=False)
+    console = Terminal(width=max(Terminal().width, 132), highlight=False)
     columns = "backend", "device", "dtype", "X -> Z", *OUTPUTS, "gradcheck", "adjoint", "step", "verdict"
     table = Table(*columns, box=box.SIMPLE_HEAD)
     table.columns[1].overflow, table.columns[3].no_wrap = "fold", True
