@@ -19,6 +19,7 @@ from anyarray_linear import (
     SGD,
     Adam,
     AdamW,
+    BinaryCrossEntropy,
     Linear,
     MeanSquaredError,
     ReLU,
@@ -140,14 +141,19 @@ def test_it_leaves_the_bits_of_the_eager_steps(backend, pair, dtype, guarded, na
 
 
 @pytest.mark.parametrize("activation", [ReLU, Tanh, Sigmoid, SiLU, lambda: GELU(approximate="tanh")])
-@pytest.mark.parametrize("values", [False, True])
-def test_every_layer_and_loss_that_it_takes(backend, pair, activation, values):
+@pytest.mark.parametrize("loss", [SoftmaxCrossEntropy, MeanSquaredError, BinaryCrossEntropy])
+def test_every_layer_and_loss_that_it_takes(backend, pair, activation, loss):
     shared = Linear(20, 20, seed=5)
     layers = shared, activation(), Sequential(shared, Sequential(activation()), Linear(20, 7, seed=6)), activation(), Linear(7, 7, seed=7)
     model = Sequential(*layers).to(backend.device, "float32")
-    steps = pair(model, loss=MeanSquaredError() if values else None)
+    steps = pair(model, loss=loss())
     for i in range(4):
-        steps(*a_batch(backend, seed=i, values=values), "portable" if i == 0 else "captured")
+        X, y = a_batch(backend, seed=i)
+        if loss is MeanSquaredError:
+            y = backend.asarray(random(24, 7, seed=i + 1))
+        elif loss is BinaryCrossEntropy:
+            y = backend.asarray(np.eye(7, dtype=np.float32)[backend.to_numpy(y)])
+        steps(X, y, "portable" if i == 0 else "captured")
 
 
 def test_a_bare_layer_and_more_batch_axes_and_rows_of_probabilities(backend, pair):
@@ -230,6 +236,8 @@ CHANGES = {
     "another loss": lambda s: setattr(s, "loss", SoftmaxCrossEntropy()),
     "the optimizer's state": lambda s: s.optimizer.load_state_dict(s.optimizer.state_dict()),
     "another optimizer": lambda s: setattr(s, "optimizer", SGD(0.1)),
+    "smoothing": lambda s: setattr(s, "loss", SoftmaxCrossEntropy(label_smoothing=0.1)),
+    "an option of the loss": lambda s: setattr(s.loss, "label_smoothing", 0.1),
     "a guard": lambda s: setattr(s, "guard", Guard(s.model[0].device, np.float32, 0)),
     "a moment": lambda s: s.optimizer.moments()["0.W"].update(M=s.optimizer.moments()["0.W"]["M"] * 3),
 }
@@ -243,7 +251,7 @@ def test_what_the_user_changes_is_noticed(backend, pair, change):
         steps.each(CHANGES[change])
     for _ in range(4):
         steps(X, y, "")
-    assert steps.steps[0].how == "captured"
+    assert steps.steps[0].how.startswith("portable: Softmax" if change in ("smoothing", "an option of the loss") else "captured")
 
 
 def test_a_frozen_layer_that_is_assigned_and_thawed(backend, pair):
@@ -320,6 +328,10 @@ def test_what_it_does_not_know_runs_by_the_definition_and_says_so(backend, lane)
     for layers, loss, weights, word in (
         ((Linear(20, 7, seed=0), Own()), SoftmaxCrossEntropy(), None, "Own"),
         ((Linear(20, 7, seed=0),), type("OwnLoss", (SoftmaxCrossEntropy,), {})(), None, "OwnLoss"),
+        ((Linear(20, 7, seed=0),), SoftmaxCrossEntropy(label_smoothing=0.1), None, "options"),
+        ((Linear(20, 7, seed=0),), SoftmaxCrossEntropy(ignore_id=0), None, "options"),
+        ((Linear(20, 7, seed=0),), SoftmaxCrossEntropy(class_weights=[1.0] * 7), None, "options"),
+        ((Linear(20, 7, seed=0),), SoftmaxCrossEntropy(), backend.asarray(np.ones(24, np.float32)), "weights"),
     ):
         step = TrainingStep(Sequential(*layers).to(backend.device, "float32"), loss, SGD(0.1))
         for _ in range(3):
@@ -434,16 +446,6 @@ def fails_at(stage, monkeypatch):
 
         monkeypatch.setattr(recording, "kernel", waiting)
         return "CUDARuntimeError"
-    elif stage == "an allocation":
-        deliver = recording.kernel
-
-        def allocating(name, *rest):
-            if name == "deliver" and cupy.cuda.get_current_stream().is_capturing():
-                cupy.empty(10**7)
-            return deliver(name, *rest)
-
-        monkeypatch.setattr(recording, "kernel", allocating)
-        return "CUDARuntimeError"
     elif stage == "launch":
         record = recording.Recording.record
 
@@ -479,13 +481,13 @@ def fails_at(stage, monkeypatch):
 
 
 STAGES = (
-    "workspace", "memory", "warm-up", "product", "status", "a wait", "an allocation", "launch", "a lost kernel", "a wrong gradient",
+    "workspace", "memory", "warm-up", "product", "status", "a wait", "launch", "a lost kernel", "a wrong gradient",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_capture_that_fails_keeps_the_eager_result_and_says_why(backend, pair, monkeypatch, stage):
-    if stage in ("a wait", "an allocation") and count is None:
+    if stage == "a wait" and count is None:
         pytest.skip("only where a broken capture does no harm")
     word = fails_at(stage, monkeypatch)
     X, y = a_batch(backend)
@@ -506,8 +508,8 @@ def test_a_capture_that_fails_keeps_the_eager_result_and_says_why(backend, pair,
 
 
 @pytest.mark.parametrize("activation", [ReLU, SiLU])
-@pytest.mark.parametrize("values", [False, True])
-def test_other_roundings_are_taken_for_what_they_are(backend, lane, monkeypatch, activation, values):
+@pytest.mark.parametrize("loss", [SoftmaxCrossEntropy, MeanSquaredError, BinaryCrossEntropy])
+def test_other_roundings_are_taken_for_what_they_are(backend, lane, monkeypatch, activation, loss):
     """As if cuBLAS formed the products of a capture in another order: then the last bits differ, and nothing is wrong."""
     from anyarray_linear.lanes.cupy import recording
 
@@ -519,9 +521,10 @@ def test_other_roundings_are_taken_for_what_they_are(backend, lane, monkeypatch,
         return Z * np.float32(1 + 2 * u), caches
 
     monkeypatch.setattr(recording, "forward", rounded)
-    step = TrainingStep(a_model(backend, activation=activation), MeanSquaredError() if values else SoftmaxCrossEntropy(), Adam(1e-2))
+    step = TrainingStep(a_model(backend, activation=activation), loss(), Adam(1e-2))
     for i in range(3):
-        step(*a_batch(backend, seed=i, values=values))
+        X, y = a_batch(backend, seed=i)
+        step(X, y if loss is SoftmaxCrossEntropy else backend.asarray(np.eye(7, dtype=np.float32)[backend.to_numpy(y)]))
     assert step.how == "captured"
 
 

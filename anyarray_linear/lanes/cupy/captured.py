@@ -24,6 +24,7 @@ import numpy as np
 
 from ...activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from ...arrays.place import Array, Namespace, place_of
+from ...binary import BinaryCrossEntropy
 from ...binding import Binding, flat_of
 from ...guard import Guard
 from ...linear import Linear
@@ -47,7 +48,7 @@ _LAYERS: dict[type, set[str]] = {
     ReLU: set(), Tanh: set(), Sigmoid: set(), SiLU: set(), GELU: {"approximate"},
 }  # fmt: skip
 """The layers that can be captured, with the attributes that are known of them."""
-_LOSSES = (SoftmaxCrossEntropy, MeanSquaredError)
+_LOSSES = (SoftmaxCrossEntropy, MeanSquaredError, BinaryCrossEntropy)
 
 
 class _Batch:
@@ -71,11 +72,10 @@ class Captured:
         self.model, self.loss, self.optimizer, self.guard = step.model, step.loss, step.optimizer, step.guard
         self.bound = step.optimizer.bound
         self.clips, self.moment_names = step.optimizer.clip_norm is not None, step.optimizer.moment_names
-        self.options = _options(step)
+        self.watched = _watched(step)
         assert self.bound is not None
         self.views = [(layer, p, flat.views[name]) for name, (layer, p) in self.bound.slots.items()]
-        self.moments = list(self.bound.moments.items())
-        self.moment_views = [(own, m, own[m]) for own in self.bound.moments.values() for m in self.moment_names]
+        self._watch_moments(self.bound)
         self.stream: Any = None
         self.event = cupy.cuda.Event(disable_timing=True)
 
@@ -99,9 +99,11 @@ class Captured:
             step.model is not self.model or step.loss is not self.loss or step.optimizer is not optimizer
             or step.guard is not self.guard or step.gradients is not loss_and_gradients
             or (optimizer.clip_norm is not None) is not self.clips or optimizer.moment_names != self.moment_names
-            or not _same(_options(step), self.options)
         ):  # fmt: skip
             return False
+        for own, name, value in self.watched:
+            if own.get(name) is not value:
+                return False
         bound = optimizer.bound
         if (
             bound is self.bound
@@ -116,9 +118,14 @@ class Captured:
         if flat_of(cupy, bound, align=256 // self.dtype.itemsize) is not self.flat:
             return False
         bound.remember()
-        self.bound, self.moments = bound, list(bound.moments.items())
-        self.moment_views = [(own, m, own[m]) for own in bound.moments.values() for m in self.moment_names]
+        self.bound = bound
+        self._watch_moments(bound)
         return True
+
+    def _watch_moments(self, bound: Binding) -> None:
+        self.moments = list(bound.moments.items())
+        self.moment_slots = [(own, m) for own in bound.moments.values() for m in self.moment_names]
+        self.moment_arrays = [own[m] for own, m in self.moment_slots]
 
     def _is_untouched(self, bound: Binding) -> bool:
         """Whether every parameter and moment is the view of the buffers that it was."""
@@ -128,10 +135,7 @@ class Captured:
         for name, own in self.moments:
             if bound.moments.get(name) is not own:
                 return False
-        for own, m, view in self.moment_views:  # noqa: SIM110 - a generator costs more than the loop
-            if own.get(m) is not view:
-                return False
-        return True
+        return all(map(operator.is_, [own.get(m) for own, m in self.moment_slots], self.moment_arrays))
 
     def run(self, step: TrainingStep, batch: _Batch) -> Array:
         """One step, by one launch; the loss."""
@@ -164,22 +168,19 @@ def _is_order(order: Array, device: int) -> bool:
     )  # fmt: skip
 
 
-def _options(step: TrainingStep) -> list[Any]:
-    """Whatever a graph has in it of layers and loss besides their arrays."""
-    found: list[Any] = [*vars(step.loss).values()]
+def _watched(step: TrainingStep) -> list[tuple[dict[str, Any], str, Any]]:
+    """Whatever a graph has in it of layers and loss besides trained arrays: where it is kept, and what it is."""
+    found = [(vars(step.loss), name, value) for name, value in vars(step.loss).items()]
     for layer in _every(step.model):
-        is_trained = getattr(layer, "trainable", True)
-        found += (layer, is_trained)
-        if type(layer) is Linear:
-            found += (layer.b is None,) if is_trained else (layer.W, layer.b)  # a frozen layer's arrays are in the graph
+        own, names = vars(layer), ["trainable"]
+        if type(layer) is Sequential:
+            names.append("layers")
         elif type(layer) is GELU:
-            found.append(layer.approximate)
+            names.append("approximate")
+        elif type(layer) is Linear:  # a frozen layer's arrays are in the graph
+            names += ["W", "b"] if not own.get("trainable", True) else ["b"] if layer.b is None else []
+        found += [(own, name, own.get(name)) for name in names]
     return found
-
-
-def _same(these: list[Any], those: list[Any]) -> bool:
-    """Whether two lists have the same objects."""
-    return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
 def _every(model: Any) -> list[Any]:
@@ -200,8 +201,8 @@ def why_not(step: TrainingStep, batch: _Batch, weights: Array | None) -> str | N
             return f"a {type(layer).__name__} has attributes that graphs do not know: {', '.join(sorted(unknown))}"
     if type(step.loss) not in _LOSSES:
         return f"{type(step.loss).__name__} is a loss that graphs do not know"
-    if any(option is not None and option != 0 for option in vars(step.loss).values()):
-        return f"{type(step.loss).__name__} has options that graphs do not know"
+    if not all(option is None or (isinstance(option, float) and not option) for option in vars(step.loss).values()):
+        return f"{type(step.loss).__name__} has options, or attributes, that graphs do not know"
     if weights is not None:
         return "samples have weights"
     if step.gradients is not loss_and_gradients:

@@ -114,6 +114,8 @@ class Recording:
             self.y = cupy.empty((rows, *y.shape[1:]), y.dtype)
             self.workspace = workspace()
         self.stage = kernel("stage", _STAGE, self.dtype.char)
+        self.packed = bytearray(_STATE.size)
+        self.by_value = by_value(self.packed)
         self.graph: Any = None
 
     def put(
@@ -122,11 +124,11 @@ class Recording:
         """Put on the device what the next launch reads."""
         guard = step.guard
         count, allowed = (step.rows or self.rows, guard.allowed) if guard is not None else (0, 0)
-        packed = _STATE.pack(
-            *numbers, X.data.ptr, y.data.ptr, 0 if order is None else order.data.ptr, X.shape[0], start, loss.data.ptr,
-            step.number + 1, count, allowed,
+        _STATE.pack_into(
+            self.packed, 0, *numbers, X.data.ptr, y.data.ptr, 0 if order is None else order.data.ptr, X.shape[0], start,
+            loss.data.ptr, step.number + 1, count, allowed,
         )  # fmt: skip
-        self.stage((1,), (32,), (self.state, by_value(packed)))
+        self.stage((1,), (32,), (self.state, self.by_value))
 
     def ask(self, step: TrainingStep) -> tuple[Array, dict[str, Array]]:
         """Ask for the whole step, as the graph has it: the loss and the gradients."""
@@ -153,10 +155,11 @@ class Recording:
             self.ask(step)
             self.stream.synchronize()
             collects = gc.isenabled()
-            gc.disable()  # what is collected may free memory of the driver's, which ends a capture
+            gc.disable()  # what is collected may wait for the device as it goes, which ends a capture
             try:
                 with capturable(self.stream, self.workspace):
-                    self.stream.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
+                    # relaxed, or other threads' allocations would fail, and end the capture, on some drivers
+                    self.stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
                     try:
                         left = self.ask(step)
                     finally:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...activations import ReLU
 from ...linear import Linear
-from ...losses import SoftmaxCrossEntropy
+from ...losses import MeanSquaredError, SoftmaxCrossEntropy
 from ...protocol import join, leaves
 from ...sequential import Sequential
 from .products import TF32
@@ -69,10 +69,14 @@ def gradient_errors(model: Any, loss: Any, X: Host, y: Host) -> dict[str, Host]:
         dZ, dZ_error = (P * weight - T) / rows, (P * weight * relative + (P * weight + T) * 4 * u) / rows
         size = (T * (1 + np.abs(shifted) + np.log(classes))).sum() / rows
         loss_error = (T * (error + off)).sum() / rows + (relative + gamma(rows)) * size
-    else:
+    elif type(loss) is MeanSquaredError:
         D = value - y.reshape(value.shape).astype(np.float64)
         dZ, dZ_error = 2 * D / D.size, 2 * (error + 4 * u * np.abs(D)) / D.size
         loss_error = (2 * np.abs(D) * error + error**2).mean() + gamma(D.size) * (D * D).mean()
+    else:  # binary cross-entropy, whose slope in each logit is at most 1, and the slope's at most 1/4
+        dZ = (1 / (1 + np.exp(-np.clip(value, -700, 700))) - y.reshape(value.shape).astype(np.float64)) / value.size
+        dZ_error = (0.25 * error + ULPS * u) / value.size
+        loss_error = error.mean() + gamma(value.size) * (1 + np.abs(value)).mean() + ULPS * u
     found: dict[str, Host] = {"": np.asarray(loss_error + 4 * u)}
     for layer, (value, error) in zip(reversed(positions), reversed(inputs), strict=True):
         if type(layer) is Linear:
