@@ -73,6 +73,8 @@ def test_code_in_the_page_runs(page: str, needs: str, tmp_path: Path, monkeypatc
     if needs and importlib.util.find_spec(needs) is None:
         pytest.skip(f"{needs} is not installed")
     monkeypatch.chdir(tmp_path)
+    for table in DOCS.glob("examples/*.csv"):
+        shutil.copy(table, tmp_path)
     names: dict[str, Any] = {"__name__": page}
     for block in blocks(page):
         if block.needs in ("", needs):

@@ -25,13 +25,7 @@ from ._data import Scaling, read, rows_of_parts, scaling_of
 Host = np.ndarray[Any, Any]
 
 LR = {"sgd": 0.05, "adam": 2e-3, "adamw": 2e-3}
-_ACTIVATIONS: dict[str, tuple[Callable[[], Any], str]] = {  # with the initializer that was made for it
-    "relu": (ReLU, "he_normal"),
-    "silu": (SiLU, "he_normal"),
-    "gelu": (GELU, "he_normal"),
-    "tanh": (Tanh, "xavier_normal"),
-    "sigmoid": (Sigmoid, "xavier_normal"),
-}
+_ACTIVATIONS: dict[str, Callable[[], Any]] = {"relu": ReLU, "silu": SiLU, "gelu": GELU, "tanh": Tanh, "sigmoid": Sigmoid}
 
 
 class RawSquaredError(MeanSquaredError):
@@ -119,12 +113,12 @@ def prepare(options: Any, group: Group | None = None) -> Run:
             unit = float(np.sqrt(np.mean((y - shift) ** 2))) or 1.0
             y_scaling = Scaling(shift, np.asarray(1 / unit))
 
-    activation, init = _ACTIVATIONS[options.activation]
+    activation = _ACTIVATIONS[options.activation]
     outputs = len(classes) if classes is not None else math.prod(y.shape[1:])
     seed = np.random.SeedSequence(options.seed)
     layers: list[Any] = []
     for n_in, n_out in itertools.pairwise([X.shape[1], *sizes, outputs]):
-        layers += [Linear(n_in, n_out, init=init, dtype=dtype, device=device, seed=seed), activation()]
+        layers += [Linear(n_in, n_out, init=options.init, dtype=dtype, device=device, seed=seed), activation()]
     return Run(
         model=Sequential(*layers[:-1]),
         parts=parts,

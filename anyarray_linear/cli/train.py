@@ -59,6 +59,10 @@ def train(
     activation: Annotated[
         Literal["relu", "silu", "gelu", "tanh", "sigmoid"], _option("What stands between the layers.", "Model")
     ] = "relu",
+    init: Annotated[
+        Literal["he_normal", "he_uniform", "xavier_normal", "xavier_uniform", "lecun_normal", "pytorch", "zeros"],
+        _option("How the first weights are drawn.", "Model"),
+    ] = "pytorch",
     dtype: Annotated[
         Literal["float32", "float64", "float16"], _option("What is computed in; float16 is for CUDA.", "Model")
     ] = "float32",

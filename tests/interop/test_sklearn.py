@@ -174,7 +174,7 @@ def test_a_training_that_was_still_improving_says_so(line):
 
 def test_early_stopping_keeps_the_weights_of_the_best_epoch(digits):
     X, _, y, _ = digits
-    options = quiet(early_stopping=True, validation_fraction=0.2, learning_rate_init=0.03, max_iter=25)
+    options = quiet(early_stopping=True, validation_fraction=0.2, learning_rate_init=0.05, max_iter=25)
     model = LinearNetClassifier(**options).fit(X / 16, y)
     best = int(np.argmax(model.validation_scores_))
     assert best < model.n_iter_ - 1, "the best epoch should not be the last one here"
@@ -515,3 +515,27 @@ def test_a_fit_that_fails_leaves_no_older_model_behind():
         model.fit(np.full((6, 2), np.nan), ["x", "y", "z"] * 2)
     with pytest.raises(NotFittedError):
         model.predict(X)
+
+
+@pytest.mark.parametrize(("activation", "factor"), [("relu", 6), ("logistic", 2), ("tanh", 6), ("silu", 6)])
+def test_first_weights_and_biases_are_drawn_as_those_of_mlpclassifier(activation: str, factor: int) -> None:
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(40, 30)), rng.integers(0, 5, 40)
+    given = {"hidden_layer_sizes": (400,), "activation": activation, "max_iter": 1, "learning_rate_init": 1e-12, "random_state": 3}
+    ours = made(LinearNetClassifier, X, y, **given)
+    for layer, sizes in ((ours.model_[0], (30, 400)), (ours.model_[2], (400, 5))):
+        a = np.sqrt(factor / sum(sizes))
+        for x in (layer.W, layer.b):
+            assert np.abs(x).max() <= a * (1 + 1e-9)
+        # uniform on [-a, a]: the mean square of n draws is a^2 / 3 to some a^2 sqrt(4 / (45 n))
+        assert np.mean(layer.W**2) == pytest.approx(a**2 / 3, abs=5 * a**2 * np.sqrt(4 / (45 * layer.W.size)))
+    assert np.mean(ours.model_[0].b ** 2) == pytest.approx(factor / 430 / 3, abs=5 * factor / 430 * np.sqrt(4 / (45 * 400)))
+    again = made(LinearNetClassifier, X, y, **given)
+    np.testing.assert_array_equal(ours.model_[0].b, again.model_[0].b)
+    if activation in ("relu", "logistic", "tanh"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            theirs = MLPClassifier(**given).fit(X, y)
+        a = np.sqrt(factor / 430)
+        assert a * 0.99 < np.abs(theirs.coefs_[0]).max() <= a * (1 + 1e-9)
+        assert a * 0.98 < np.abs(theirs.intercepts_[0]).max() <= a * (1 + 1e-9)

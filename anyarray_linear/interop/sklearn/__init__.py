@@ -11,7 +11,7 @@ fitted attributes have the names of `MLPClassifier` where they mean the same. Wh
   faster in float32.
 - `solver` is one of this library's optimizers, and `weight_decay` theirs; there is no `alpha`, which MLPClassifier divides
   by the number of samples.
-- `init`: how the first weights are drawn, see `Linear`; `"auto"` is what suits the activation.
+- `init`: how the first weights are drawn, see `Linear`; `"auto"` is as MLPClassifier draws them, biases too.
 """
 
 try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -28,13 +29,13 @@ from ...training import fit, predict
 from .inputs import Host, on_host, rows_of, where
 from .stopping import Watch, take_weights
 
-_ACTIVATIONS: dict[str, tuple[tuple[Any, ...], str]] = {  # the layers, and the initializer that was made for them
-    "identity": ((), "lecun_normal"),
-    "logistic": ((Sigmoid,), "xavier_normal"),
-    "tanh": ((Tanh,), "xavier_normal"),
-    "relu": ((ReLU,), "he_normal"),
-    "silu": ((SiLU,), "he_normal"),
-    "gelu": ((GELU,), "he_normal"),
+_ACTIVATIONS: dict[str, tuple[Any, ...]] = {
+    "identity": (),
+    "logistic": (Sigmoid,),
+    "tanh": (Tanh,),
+    "relu": (ReLU,),
+    "silu": (SiLU,),
+    "gelu": (GELU,),
 }
 
 _RANGES: tuple[tuple[str, type, float, float | None, str], ...] = (  # of the parameters that are numbers
@@ -193,15 +194,14 @@ class LinearNet(BaseEstimator):  # type: ignore[misc]
         dtype = self.dtype
         if dtype is None:
             dtype = "float32" if dtype_name(X.dtype) in ("float16", "float32") else "float64"
-        activation, suited = _named("activation", self.activation, _ACTIVATIONS)
-        init = suited if isinstance(self.init, str) and self.init == "auto" else self.init
+        activation = _named("activation", self.activation, _ACTIVATIONS)
         self._optimizer = self._new_optimizer()
         # the layers draw from it, and then every fit its order of the samples
         self._seed = np.random.SeedSequence(int(check_random_state(self.random_state).randint(2**31 - 1)))
         layers: list[Any] = []
         for n_in, n_out in pairwise([X.shape[1], *np.atleast_1d(self.hidden_layer_sizes).tolist(), self._outputs()]):
             layers += [kind() for kind in activation] if layers else []
-            layers.append(Linear(n_in, n_out, init=init, dtype=dtype, device=place, seed=self._seed))
+            layers.append(self._new_layer(n_in, n_out, place, dtype))
         model = Sequential(*layers)
         if earlier is None:
             self.n_iter_: int = 0
@@ -215,6 +215,21 @@ class LinearNet(BaseEstimator):  # type: ignore[misc]
                 )
             take_weights(model, earlier.to(place, dtype))
         self.model_ = model
+
+    def _new_layer(self, n_in: int, n_out: int, place: Device, dtype: Any) -> Linear:
+        """A layer with its first weights; with `init="auto"` weights and biases are uniform on `[-a, a]` as MLPClassifier's,
+        `a = sqrt(6 / (n_in + n_out))`, or of 2 for 6 with logistic functions. Glorot and Bengio (2010), "Understanding the
+        difficulty of training deep feedforward neural networks"."""
+        auto = isinstance(self.init, str) and self.init == "auto"
+        a = math.sqrt((2 if self.activation == "logistic" else 6) / (n_in + n_out))
+
+        def uniform(rng: np.random.Generator, shape: tuple[int, int]) -> Host:
+            return rng.uniform(-a, a, shape)
+
+        layer = Linear(n_in, n_out, init=uniform if auto else self.init, dtype=dtype, device=place, seed=self._seed)
+        if auto:
+            layer.b = place.asarray(uniform(np.random.default_rng(self._seed.spawn(1)[0]), (1, n_out)), layer.dtype)
+        return layer
 
     def _new_optimizer(self) -> Any:
         kind = _named("solver", self.solver, {"sgd": SGD, "adam": Adam, "adamw": AdamW})

@@ -25,7 +25,7 @@ class LinearNetRegressor(RegressorMixin, LinearNet):  # type: ignore[misc]
 
     >>> import numpy as np
     >>> X = np.linspace(-1, 1, 20).reshape(-1, 1)
-    >>> model = LinearNetRegressor((), learning_rate_init=0.1, random_state=0).fit(X, 3 * X[:, 0] + 1)
+    >>> model = LinearNetRegressor((), learning_rate_init=0.05, random_state=0).fit(X, 3 * X[:, 0] + 1)
     >>> model.predict([[0.0]]).round(1).tolist()
     [1.0]
     """
