@@ -56,7 +56,7 @@ def _host_dtype(x: np.ndarray[Any, Any], dtype: Any) -> np.dtype[Any]:
 
 def _in_parts(x: np.ndarray[Any, Any], device: Device, dtype: np.dtype[Any]) -> Array:
     rows = max(1, _PART * len(x) // max(1, x.size * dtype.itemsize))
-    with device:
+    with device, device.xp.cuda.using_allocator(None):  # not from a pool, which would keep so much memory after training
         there = device.xp.empty(x.shape, dtype=dtype)
         for start in range(0, len(x), rows):
             with np.errstate(over="ignore"):  # `fit` has looked for what the cast makes infinite
