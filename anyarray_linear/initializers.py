@@ -79,7 +79,13 @@ def layer_seed(seed: int | SeedSequence | Generator | None) -> SeedSequence:
     from numpy.random import Generator, SeedSequence
 
     if isinstance(seed, Generator):
-        return seed.bit_generator.seed_seq.spawn(1)[0]  # type: ignore[attr-defined, no-any-return]
+        sequence = getattr(seed.bit_generator, "seed_seq", None)
+        if sequence is None or not hasattr(sequence, "spawn"):  # as of a RandomState
+            raise TypeError(
+                f"seed is a Generator over a {type(seed.bit_generator).__name__} that hands out no children, as it was made "
+                "without a SeedSequence; give numpy.random.default_rng(number)"
+            )
+        return sequence.spawn(1)[0]  # type: ignore[no-any-return]
     if isinstance(seed, SeedSequence):
         return seed.spawn(1)[0]
     if seed is None:

@@ -110,14 +110,18 @@ def linear_backward(dZ: Array, X: Array, W: Array, *, bias: bool = True, needs_d
     >>> linear_backward(dZ, X, W)
     LinearGradients(dX=array([[30., 40.]]), dW=array([[10., 20.]]), db=array([[10.]]))
     """
+    return LinearGradients(*_gradients(dZ, X, W, bias, needs_dX))
+
+
+def _gradients(dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool) -> tuple[Array | None, Array, Array | None]:
     if not _backward_fits(dZ, X, W):
         _check_backward(dZ, X, W)
     place = place_of(W)
     if X.ndim == 2:
-        return LinearGradients(*place.run(affine_gradients, dZ, X, W, bias, needs_dX))
+        return place.run(affine_gradients, dZ, X, W, bias, needs_dX)  # type: ignore[no-any-return]
     with place.entered() as xp:
         dX, dW, db = place.run(affine_gradients, _rows(xp, dZ), _rows(xp, X), W, bias, needs_dX)
-        return LinearGradients(xp.reshape(dX, X.shape) if needs_dX else None, dW, db)
+        return xp.reshape(dX, X.shape) if needs_dX else None, dW, db
 
 
 def _input_gradient(dZ: Array, X: Array, W: Array) -> Array:
@@ -157,11 +161,10 @@ def _forward_fits(X: Array, W: Array, b: Array | None) -> bool:
     return (
         place.computes
         and place_of(X) is place
-        and W.ndim == 2
-        and X.ndim > 0
-        and X.shape[-1] == W.shape[1]
-        and 0 not in W.shape
-        and (b is None or (place_of(b) is place and b.shape == (1, W.shape[0])))
+        and len(shape := W.shape) == 2
+        and X.shape[-1:] == shape[1:]
+        and 0 not in shape
+        and (b is None or (place_of(b) is place and b.shape == (1, shape[0])))
     )
 
 
@@ -321,7 +324,7 @@ class Linear:
             raise TypeError(f'cache is {describe(cache)} without "X"; pass the second result of this layer\'s forward')
         if not self.trainable:
             return _input_gradient(dZ, cache["X"], self.W) if needs_dX else None, {}
-        dX, dW, db = linear_backward(dZ, cache["X"], self.W, bias=self.b is not None, needs_dX=needs_dX)
+        dX, dW, db = _gradients(dZ, cache["X"], self.W, self.b is not None, needs_dX)
         return dX, {"W": dW} if db is None else {"W": dW, "b": db}
 
     def backward(
@@ -332,7 +335,11 @@ class Linear:
         Raises as `gradients`; nothing is stored then.
         """
         dX, gradients = self.gradients(dZ, cache, needs_dX=needs_dX)
-        store_gradients(self, gradients, accumulate=accumulate)
+        if accumulate:
+            store_gradients(self, gradients, accumulate=True)
+        else:
+            for p, gradient in gradients.items():
+                setattr(self, f"d{p}", gradient)
         return dX
 
     def parameters(self) -> dict[str, Array]:

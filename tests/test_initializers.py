@@ -207,3 +207,13 @@ def test_the_refusal_of_an_unknown_name_lists_the_known_ones():
 def test_a_seed_that_is_none_is_refused(seed, error):
     with pytest.raises(error, match=r"^seed is .*give an int >= 0"):
         Linear(3, 4, seed=seed)
+
+
+def test_a_generator_that_has_no_children_is_refused_in_words():
+    class Fixed(np.random.bit_generator.ISeedSequence):
+        def generate_state(self, n_words, dtype=np.uint32):
+            return np.arange(1, n_words + 1, dtype=dtype)
+
+    for bits in (np.random.RandomState(1)._bit_generator, np.random.PCG64(Fixed())):
+        with pytest.raises(TypeError, match=r"hands out no children.*numpy\.random\.default_rng"):
+            Linear(2, 3, seed=np.random.Generator(bits))

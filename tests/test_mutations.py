@@ -72,7 +72,7 @@ EVERYWHERE = [
     ("another call's cache used", of_cache,
      ("        return linear_forward(X, self.W, self.b), {",
       "        self.last = X\n        return linear_forward(X, self.W, self.b), {"),
-     ('linear_backward(dZ, cache["X"], self.W', "linear_backward(dZ, self.last, self.W")),
+     ('_gradients(dZ, cache["X"], self.W, self', "_gradients(dZ, self.last, self.W, self")),
     ("N-D axes mixed up", of_rank_3, (ROWS, "xp.reshape(X, (X.shape[-1], math.prod(X.shape[:-1]))).T")),
     ("N-D features taken for rows", of_rank_3, (ROWS, "xp.reshape(X, (X.shape[0], math.prod(X.shape[1:])))")),
     ("empty batches reshaped by a guess", of_no_rows, (ROWS, "xp.reshape(X, (X.shape[0], -1))")),

@@ -60,7 +60,9 @@ class Place:
 
     def run(self, portable: Callable[..., Any], *arguments: Any) -> Any:
         """`portable(xp, *arguments)`, or its faster equal, on this place's device."""
-        return self.operation(portable)(self.xp, *arguments)
+        if operations.lanes_are_on.get():
+            portable = self.faster.get(portable, portable)
+        return portable(self.xp, *arguments)
 
     def entered(self) -> _Here | _OnDevice:
         """A context in which arrays of this place are computed with; entering it gives the namespace."""
@@ -81,9 +83,9 @@ class _CudaPlace(Place):
 
     def run(self, portable: Callable[..., Any], *arguments: Any) -> Any:
         if self._current() == self.device.id:
-            return self.operation(portable)(self.xp, *arguments)
-        with self.entered() as xp:
-            return self.operation(portable)(xp, *arguments)
+            return super().run(portable, *arguments)
+        with self.entered():
+            return super().run(portable, *arguments)
 
     def entered(self) -> _Here | _OnDevice:
         before = self._current()
@@ -130,7 +132,8 @@ NOWHERE = Place(None, "", None, None)
 """The place of what is no array."""
 
 _interned: dict[tuple[Namespace, str, Any], Place] = {}
-_looks: dict[type, Callable[[Any], Place]] = {}  # by array type: a function that finds the place by as little as will do
+_known: dict[type, dict[Any, Place]] = {}
+_looks: dict[type, Callable[[Any], Place]] = {}  # by array type: a function that finds the place, or raises KeyError
 
 
 def place_of(x: Any) -> Place:
@@ -140,61 +143,40 @@ def place_of(x: Any) -> Place:
     >>> place_of(np.ones(2)), place_of(np.ones(2)) is place_of(np.zeros((3, 1))), place_of([1.0]) is NOWHERE
     (Place(numpy on cpu, float64), True, True)
     """
-    look = _looks.get(type(x))
-    return _first_look(x) if look is None else look(x)
+    try:
+        return _looks[type(x)](x)
+    except KeyError:  # the first of its type, or the first of its type that is there and of that dtype
+        return _first_look(x)
 
 
 def _first_look(x: Any) -> Place:
-    """The place of the first array of its type; from then on the type's own look finds it."""
+    """The place of an array that is the first of its kind; from then on its type's own look finds it."""
     if not _is_array(x):
         if not hasattr(type(x), "__array_namespace__"):
             _looks[type(x)] = lambda x: NOWHERE
         return NOWHERE
     xp = array_namespace(x)
     library = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
-    place = Place
-    key = _dtype_and_asked_device
+    known = _known.setdefault(type(x), {})
+    kind: type[Place] = Place
     if library == "numpy":
-        key = _dtype
+        look, key = lambda x: known[x.dtype], x.dtype
     elif is_cupy_array(x):
-        place, key = _CudaPlace, _dtype_and_card
-    elif is_jax_array(x) and hasattr(x, "sharding") and hasattr(x, "device"):
-        key = _dtype_and_sharding
+        kind = _CudaPlace
+        look, key = lambda x: known[x.dtype, x.data.device_id], (x.dtype, x.data.device_id)
+    elif is_jax_array(x) and hasattr(x, "sharding") and hasattr(x, "device"):  # a fifth of the time of asking for the device
+        look, key = lambda x: known[x.dtype, x.sharding], (x.dtype, x.sharding)
     elif hasattr(x, "device"):
-        key = _dtype_and_device
-
-    known: dict[Any, Place] = {}
-
-    def look(x: Any) -> Place:
-        found = known.get(key(x))
-        if found is None:
-            device = "cpu" if library == "numpy" else _device(x)
-            new = place(xp, library, device, x.dtype)
-            found = known[key(x)] = _interned.setdefault((xp, str(device), x.dtype), new)  # CuPy's devices do not hash
-        return found
-
+        look, key = lambda x: known[x.dtype, x.device], (x.dtype, x.device)
+    else:  # None for what `jax.jit` traces
+        look, key = lambda x: known[x.dtype, _device(x)], (x.dtype, _device(x))
+    device = "cpu" if library == "numpy" else _device(x)
+    found = _interned.get((xp, str(device), x.dtype))  # CuPy's devices do not hash
+    if found is None:
+        found = _interned.setdefault((xp, str(device), x.dtype), kind(xp, library, device, x.dtype))
+    known[key] = found
     _looks[type(x)] = look
-    return look(x)
-
-
-def _dtype(x: Any) -> Any:
-    return x.dtype
-
-
-def _dtype_and_card(x: Any) -> Any:
-    return x.dtype, x.data.device_id
-
-
-def _dtype_and_sharding(x: Any) -> Any:
-    return x.dtype, x.sharding  # a fifth of the time of asking for the device
-
-
-def _dtype_and_device(x: Any) -> Any:
-    return x.dtype, x.device
-
-
-def _dtype_and_asked_device(x: Any) -> Any:
-    return x.dtype, _device(x)  # None for what `jax.jit` traces
+    return found
 
 
 def _is_array(x: object) -> bool:

@@ -17,7 +17,9 @@ def main() -> None:
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         print(f'error: the command line needs {", ".join(missing)}; pip install "anyarray_linear[train]"', file=sys.stderr)
         sys.exit(2)
-    from ._app import app
-    from ._common import exit_code_of
-
+    try:
+        from ._app import app
+        from ._common import exit_code_of
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(exit_code_of(app))

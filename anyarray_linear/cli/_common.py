@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import os
 import signal
 import sys
 import warnings
@@ -12,6 +11,8 @@ from typing import Any, Self
 
 import typer
 
+from ._streams import complain, give_up, prepare
+
 BAD_INPUT = 2
 
 _RAISE = dis.opmap["RAISE_VARARGS"]
@@ -19,13 +20,16 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 
 def exit_code_of(app: Any) -> int:
     """Run a typer app on `sys.argv`, print what the user can mend as one line, and return the exit code."""
+    prepare()
     warnings.showwarning = _show_warning
     try:
         code = app(standalone_mode=False, prog_name="anyarray-linear")
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up("stdout")
         return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return 128 + signal.SIGINT
     except Exception as error:
         line = one_line(error)
         if line is None:
@@ -33,7 +37,7 @@ def exit_code_of(app: Any) -> int:
         if hasattr(error, "format_message") and _is_a_further_rank():  # which has the options of rank 0
             return 0  # as a launcher ends all when the first fails, and rank 0 may not have said why
         if line:
-            print(f"error: {line}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+            complain(f"error: {line}", *getattr(error, "__notes__", ()))
         return BAD_INPUT
     return code if isinstance(code, int) else 0
 
@@ -86,7 +90,7 @@ def bad(name: str, message: str) -> typer.BadParameter:
 
 def warn(line: str) -> None:
     """Say something about what the user has given, without stopping."""
-    print(f"warning: {' '.join(line.split())}", file=sys.stderr)
+    complain(f"warning: {' '.join(line.split())}")
 
 
 class StopSignals:

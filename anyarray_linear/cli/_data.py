@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..arrays.words import printable
 from ..datasets import Data, Reading, load_digits, read_data, split
 from ._common import bad
+from ._streams import if_heard
 
 Host = np.ndarray[Any, Any]
 
@@ -72,10 +74,12 @@ def reading_progress(path: Path) -> Callable[[int], None]:
     """What shows on standard error how far the reading of a large file is."""
 
     def tell(rows: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\rreading {path.name}: {rows:,} rows ", end="", file=sys.stderr, flush=True)
-        elif rows % _ROWS_TOLD == 0:
-            print(f"reading {path.name}: {rows:,} rows", file=sys.stderr, flush=True)
+        line = f"reading {printable(path.name)}: {rows:,} rows"
+        with if_heard("stderr"):
+            if sys.stderr.isatty():
+                print(f"\r{line} ", end="", file=sys.stderr, flush=True)
+            elif rows % _ROWS_TOLD == 0:
+                print(line, file=sys.stderr, flush=True)
 
     return tell
 

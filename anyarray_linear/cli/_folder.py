@@ -14,7 +14,9 @@ from ..files.checkpoints import checkpoints, files_of
 from ..files.locks import locked
 from ._common import bad
 
-FILES = ("config.json", "model.safetensors", "history.jsonl", "curves.png", "report.html", "summary.json")
+SUMMARY = "summary.json"
+FILES = (SUMMARY, "config.json", "model.safetensors", "history.jsonl", "curves.png", "report.html")
+"""In the order in which they are removed; the summary is the first to go, and the last to come."""
 CHECKPOINTS = "checkpoints"
 BEST = f"{CHECKPOINTS}/best.safetensors"
 
@@ -25,6 +27,7 @@ def kept_folder(folder: Path, options: Any) -> Iterator[None]:
     is_new = not folder.exists()
     with locked(folder / CHECKPOINTS):
         sweep(folder)
+        (folder / SUMMARY).unlink(missing_ok=True)  # first: it says that the others are whole, and of one run
         if options.overwrite:
             _clear(folder)
         try:

@@ -8,34 +8,38 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..arrays.words import printable
 from ..files.atomic import atomic_write
 from ..files.models import save_model
 from ._charts import picture
 from ._curves import learning
-from ._folder import FILES
+from ._folder import FILES, SUMMARY
 from ._scores import LABELS, parts_of, shown
+from ._streams import Terminal
 
 _CLASSES = 12
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content`, for a reader as well as for a program."""
-    atomic_write(path, (json.dumps(_plain(content), indent=2) + "\n").encode())
+    atomic_write(path, (json.dumps(_plain(content), indent=2) + "\n").encode(), follow=False)
 
 
 def write_results(
     folder: Path, model: Any, metadata: dict[str, Any], rows: list[dict[str, Any]], summary: dict[str, Any], report: str
 ) -> None:
     """Write all files but config.json, each of them whole, and the summary last: where it is, the others are."""
+    if (folder / "model.safetensors").is_symlink():  # which may have come with somebody else's folder
+        (folder / "model.safetensors").unlink()
     save_model(model, folder / "model.safetensors", metadata=metadata)
-    atomic_write(folder / "history.jsonl", "".join(json.dumps(_plain(row)) + "\n" for row in rows).encode())
-    atomic_write(folder / "curves.png", picture(learning(rows)))
-    atomic_write(folder / "report.html", report.encode())
-    write_json(folder / "summary.json", summary)
+    lines = "".join(json.dumps(_plain(row)) + "\n" for row in rows)
+    atomic_write(folder / "history.jsonl", lines.encode(), follow=False)
+    atomic_write(folder / "curves.png", picture(learning(rows)), follow=False)
+    atomic_write(folder / "report.html", report.encode(errors="backslashreplace"), follow=False)  # names of other encodings
+    write_json(folder / SUMMARY, summary)
 
 
 def _plain(value: Any) -> Any:
@@ -47,7 +51,7 @@ def _plain(value: Any) -> Any:
 
 def show(folder: Path, summary: dict[str, Any], processes: str | None = None) -> None:
     """Print the scores as tables, and where the files are."""
-    console = Console()
+    console = Terminal()
     scores = parts_of(summary)
     table = Table("", *scores, title=f"{summary['device']}, {summary['seconds']:.1f} s")
     for name in (name for name in LABELS if name in scores["train"]):
@@ -59,7 +63,7 @@ def show(folder: Path, summary: dict[str, Any], processes: str | None = None) ->
     if summary["model_epoch"] < summary["epochs"]:
         told = f"the model is that of epoch {summary['model_epoch']}, of the best loss on validation; --keep last: the last"
         console.print(told, soft_wrap=True, highlight=False)
-    console.print(f"{escape(str(folder))}: {', '.join(FILES)}", soft_wrap=True)
+    console.print(f"{escape(printable(str(folder)))}: {', '.join(FILES)}", soft_wrap=True)
     console.print(f"Look at it: {escape((folder / 'report.html').resolve().as_uri())}", soft_wrap=True)
     if "interrupted" in summary:
         line = f"anyarray-linear train --out {shlex.quote(str(folder))} --resume"
@@ -67,7 +71,7 @@ def show(folder: Path, summary: dict[str, Any], processes: str | None = None) ->
             line = f"mpiexec -n {summary.get('ranks', 1)} {line} --distributed {processes}"
         console.print(
             f"interrupted after {summary['epochs']} epochs; these are the files of what was trained so far. Go on with\n"
-            f"{escape(line)}",
+            f"{escape(printable(line))}",
             soft_wrap=True,
         )
 
@@ -80,5 +84,6 @@ def _by_class(part: str, scores: dict[str, Any]) -> Table:
     for name in few:
         each = scores[name]
         shares = (shown(kind, each[kind]) for kind in ("precision", "recall", "f1"))
+        name = printable(name)
         table.add_row(escape(name if len(name) <= 30 else name[:29] + "…"), *shares, str(each["samples"]))
     return table

@@ -22,6 +22,7 @@ from ._results import show, write_json, write_results
 from ._resuming import stored_options
 from ._run import Run
 from ._scores import scores_of
+from ._streams import if_heard, tell
 
 _SCORED_ROWS = 10_000  # training accuracy is measured after each epoch, on this many samples at most
 
@@ -34,10 +35,10 @@ def train_run(
         write_json(folder / "config.json", _config(run, options))
         counts = ", ".join(f"{len(y)} {name}" for name, (_, y) in run.parts.items())
         if options.processes is not None:
-            print(group)
-        print(f"{options.data or 'digits'}: {counts} samples; {run.device}: {run.device.reason}", flush=True)
+            tell(str(group))
+        tell(f"{options.data or 'digits'}: {counts} samples; {run.device}: {run.device.reason}")
         if options.data is not None:
-            print(_decision(run, options), flush=True)
+            tell(_decision(run, options))
         for line in run.reading.suspicious:
             warn(line)
     began = time.perf_counter()
@@ -120,7 +121,8 @@ def write_run(run: Run, options: Any, folder: Path, group: distributed.Group, hi
     metadata = {"classes": run.classes, "features": run.features}
     page = report(run, outputs, folder, _config(run, options), history.rows, summary)
     write_results(folder, model, metadata, history.rows, summary, page)
-    show(folder, summary, options.processes)
+    with if_heard():
+        show(folder, summary, options.processes)
 
 
 def _take_the_best(run: Run, folder: Path, history: History) -> int:

@@ -12,6 +12,7 @@ from ..files.atomic import atomic_write
 from ..linear import Linear
 from ..testing import gradcheck
 from ._common import bad
+from ._streams import tell
 from .worked_example import Gemm, Projection, WorkedExample, candidates, gemms, projection, worked_example
 
 Host = np.ndarray[Any, Any]
@@ -61,7 +62,8 @@ def explain(
         typer.secho(f"\n{title}", bold=True)
         print("\n".join(f"  {line}".rstrip() for line in lines))
     if plot is not None:
-        print(f"\n{plot} shows it.")
+        tell("")
+        tell(f"{plot} shows it.")
 
 
 def _sections(

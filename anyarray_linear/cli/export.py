@@ -11,6 +11,7 @@ from ..files.atomic import atomic_write
 from ..files.models import read_metadata
 from ..interop.onnx import OPSET, file_to_onnx
 from ._model_file import model_file
+from ._streams import tell
 
 
 def export(
@@ -44,4 +45,4 @@ def export(
     atomic_write(target, proto.SerializeToString())
     ends = [f"{end.name} ({', '.join(d.dim_param or str(d.dim_value) for d in end.type.tensor_type.shape.dim)})"
             for end in (proto.graph.input[0], proto.graph.output[0])]  # fmt: skip
-    print(f"{target}: {' -> '.join(ends)}, opset {opset}")
+    tell(f"{target}: {' -> '.join(ends)}, opset {opset}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import typer
 
 from ..arrays.selection import select_device
+from ..arrays.words import printable
 from ..datasets import load_features
 from ..files.atomic import atomic_write
 from ..files.models import load_model, read_metadata
@@ -22,7 +24,9 @@ from ..training import predict as outputs_of
 from ._data import reading_progress
 from ._model_file import model_file
 from ._scores import softmax
+from ._streams import leads_nowhere
 
+_FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # how it begins; the last ones are the wide forms of the first
 Host = np.ndarray[Any, Any]
 
 
@@ -36,6 +40,9 @@ def predict(
     ] = None,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Add a column with the probability of each class.")
+    ] = False,
+    no_formulas: Annotated[
+        bool, typer.Option("--no-formulas", help="Write ' before names that a spreadsheet would compute, such as =1+1.")
     ] = False,
     device: Annotated[
         str, typer.Option(metavar="SPEC", help='"auto" is the best one that works; or "cpu", "cuda", "cuda:1".')
@@ -54,6 +61,8 @@ def predict(
     path = model_file(model)
     if out is not None and out.exists() and any(out.samefile(taken) for taken in (path, data) if taken.exists()):
         raise typer.BadParameter("it is one of the files that are read; give another one", param_hint="--out")
+    if out is None and leads_nowhere():
+        raise typer.BadParameter("standard output is closed; give a FILE", param_hint="--out")
     network = load_model(path, device=select_device(device))
     metadata = read_metadata(path)
     classes, features = (_names(path, metadata, name) for name in ("classes", "features"))
@@ -63,11 +72,36 @@ def predict(
     Z = Z.reshape(len(Z), -1)
     if classes is not None and len(classes) != Z.shape[1]:
         raise CheckpointError(f"{path} names {len(classes)} classes, but its model has {Z.shape[1]} outputs")
-    text = _csv(Z, classes, probabilities)
+    if classes is not None and no_formulas:
+        classes = [_no_formula(name) for name in classes]
     if out is None:
-        sys.stdout.write(text)
+        _show(Z, classes, probabilities)
     else:
-        atomic_write(out, text.encode())
+        atomic_write(out, _csv(Z, classes, probabilities).encode())
+
+
+def _show(Z: Host, classes: list[str] | None, probabilities: bool) -> None:
+    """Write the table to standard output, which may be a terminal, or of an encoding that lacks the names of classes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    if classes is not None and sys.stdout.isatty():
+        classes = [printable(name) for name in classes]
+    for name in classes or ():
+        try:
+            name.encode(encoding)
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"the class {name!r:.80} cannot be written in {encoding}, the encoding of standard output; "
+                "give --out FILE, which is UTF-8, or set PYTHONIOENCODING=utf-8"
+            ) from None
+    sys.stdout.write(_csv(Z, classes, probabilities))
+
+
+def _no_formula(name: str) -> str:
+    """The name as a spreadsheet takes it for a text; a number may stay one. (OWASP, "CSV Injection".)"""
+    with suppress(ValueError):
+        float(name)
+        return name
+    return f"'{name}" if name.startswith(_FORMULA) else name
 
 
 def _names(path: Path, metadata: dict[str, Any], name: str) -> list[str] | None:
@@ -92,7 +126,9 @@ def _in_features(path: Path, network: Any) -> int:
 def _csv(Z: Host, classes: list[str] | None, probabilities: bool) -> str:
     """The outputs `Z` `(N, outputs)` as a table with a header."""
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
+    # csv quotes a line feed, and a carriage return, at which readers end a line too, only together with everything else
+    odd = any("\r" in name for name in classes or ())
+    writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if odd else csv.QUOTE_MINIMAL)
     if classes is None:
         writer.writerow(["prediction"] if Z.shape[1] == 1 else [f"prediction_{i}" for i in range(Z.shape[1])])
         writer.writerows(Z.tolist())

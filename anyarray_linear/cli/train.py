@@ -16,6 +16,7 @@ from ._common import BAD_INPUT, StopSignals, bad, one_line
 from ._folder import fresh_folder, kept_folder, refuse_a_used
 from ._resuming import nothing_to_do, restored
 from ._run import LR, Run, prepare
+from ._streams import tell
 from ._training import train_run, write_run
 
 _GROUPS: dict[str | None, Callable[[], distributed.Group]] = {
@@ -166,7 +167,7 @@ def _started(options: Any, group: distributed.Group) -> int:
             if folder is not None:
                 kept.enter_context(kept_folder(folder, options))
             if folder is not None and options.resume and (told := nothing_to_do(folder, options)):
-                print(told)
+                tell(told)
             trained = train_run(run, options, folder, stop, group)
             exit_code: int = max(group.exchange(stop.exit_code))
         if folder is not None:  # the others have left: they wait for no files

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ..arrays.place import Array
+from ..arrays.words import printable
 
 Task = Literal["classification", "regression"]
 TEXTS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -38,14 +39,10 @@ class Data(NamedTuple):
 
 def refusal(path: Path, problem: str, *code: str) -> DataError:
     """The error to raise about `path`, on one printable line whatever the file or its name holds; `code` becomes notes."""
-    error = DataError(_printable(f"{path}: {problem}"))
+    error = DataError(printable(f"{path}: {problem}"))
     for line in code:
-        error.add_note("  " + _printable(line))
+        error.add_note("  " + printable(line))
     return error
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def shown(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from ._checks import DataError, listed, refusal
 
 HEADER_BYTES = 16_384
 """The part of a member in which its header must end; NumPy itself stops at 10,000."""
+LIST_BYTES = 2**20
+"""What the list of an archive's members may take: that of some 10,000 arrays. It is taken apart in Python."""
 SMALL_BYTES = 8 * 2**20
 """What arrays may take together in any case, with 8 bytes for each number: what bytes become when they are class ids."""
 MAX_RATIO = 100
@@ -32,7 +35,8 @@ OTHER_NAMES = {"X": "data", "y": "target"}
 def read_npz(path: Path, names: tuple[str, ...]) -> list[Array]:
     """The arrays called `names`, numbers or text (`U`) of any shape; `DataError` if one of them cannot be had."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _Listed(path) as file, zipfile.ZipFile(file) as archive:
+            file.most = None
             names = tuple(_there(archive, name) for name in names)
             sizes = [_checked(path, archive, name) for name in names]
             taken, declared, packed = map(sum, zip(*sizes, strict=True))
@@ -51,6 +55,22 @@ def read_npz(path: Path, names: tuple[str, ...]) -> list[Array]:
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds on damaged bytes
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise refusal(path, f"is damaged or no .npz file ({reason}); write it again with numpy.savez") from error
+
+
+class _Listed(io.BufferedReader):
+    """A file of which no more than `most` bytes are read at once, while the list of an archive's members is."""
+
+    most: int | None = LIST_BYTES
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.most is not None:
+            left = os.fstat(self.fileno()).st_size - self.tell()
+            if (left if size is None or size < 0 else min(left, size)) > self.most:
+                raise ValueError("the list of its members is as long as that of 10,000 arrays")
+        return super().read(size)
 
 
 def _there(archive: zipfile.ZipFile, name: str) -> str:

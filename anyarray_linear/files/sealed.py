@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays.checks import describe
+from ..arrays.words import printable
 
 Host = np.ndarray[Any, Any]
 FORMAT = 1
@@ -35,7 +36,7 @@ class CheckpointError(ValueError):
 
     def __init__(self, message: str) -> None:
         # it may quote the file, which must not fill the terminal, nor send it commands; twice is as once, for pickles
-        super().__init__("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message[:8000])[:8000])
+        super().__init__(printable(message[:8000], keep="\n")[:8000])
 
 
 class File(NamedTuple):
@@ -78,7 +79,7 @@ def read(path: str | os.PathLike[str], needed: Callable[[dict[str, Any] | None],
         start = file.read(8)
         size = int.from_bytes(start, "little")
         if len(start) < 8 or size > status.st_size - 8:
-            if told_of_pytorch := _of_pytorch(path, start):
+            if told_of_pytorch := _of_pytorch(path, start + file.read(1024)):
                 raise CheckpointError(told_of_pytorch)
             raise CheckpointError(f"{path} is damaged: it is cut short, or no safetensors file")
         header = file.read(min(size, MAX_HEADER))
@@ -136,6 +137,10 @@ def _check_info(path: str | os.PathLike[str], info: dict[str, Any], tensors: Map
             f"{path} has the format {info['format']!r:.20}, but this version of anyarray_linear reads {FORMAT}; "
             "get a newer one with pip install --upgrade anyarray_linear"
         )
+    import json
+
+    if not is_text(json.dumps(info, ensure_ascii=False)):
+        raise ValueError("a text in it has halves of characters")
     if info.pop("sha256") != _digest(info, tensors):
         raise ValueError("its content does not have the checksum that it was written with")
     for name in ("architecture", "metadata", *sorted({"optimizer", "history", "state"} & info.keys())):
@@ -145,12 +150,7 @@ def _check_info(path: str | os.PathLike[str], info: dict[str, Any], tensors: Map
 
 def _of_pytorch(path: str | os.PathLike[str], start: bytes) -> str:
     """What a file is, if by its first bytes it is one of `torch.save`, and the lines that convert it; else `""`."""
-    import zipfile
-
-    zipped = start.startswith(b"PK\x03\x04") and zipfile.is_zipfile(path)
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            zipped = any(name.endswith("data.pkl") for name in archive.namelist())
+    zipped = start.startswith(b"PK\x03\x04") and b"/data.pkl" in start  # its first member; no list of millions is read
     pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     if not zipped and not pickled:
         return ""
@@ -208,11 +208,16 @@ def as_json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _flaws(value: Any) -> Iterator[str]:
     """Where `value` is more than JSON can hold, and how to change that."""
+    if isinstance(value, str) and not is_text(value):
+        cure = ".encode('utf-8', 'backslashreplace').decode()"
+        yield f" is {value!r}, which has halves of characters; write them out with {cure}"
     if value is None or isinstance(value, (str, int, float)):
         return
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if not isinstance(key, str):
+            if isinstance(key, str):
+                yield from (f" has a key that{flaw}" for flaw in _flaws(key))
+            else:
                 yield f" has the key {key!r}, and JSON has only str keys; use {str(key)!r}"
             yield from (f"[{key!r}]{flaw}" for flaw in _flaws(item))
     elif isinstance(value, (list, tuple)):
@@ -220,6 +225,15 @@ def _flaws(value: Any) -> Iterator[str]:
             yield from (f"[{i}]{flaw}" for flaw in _flaws(item))
     else:
         yield f" is {describe(value)}, which JSON cannot hold; convert it with float(), int() or .tolist()"
+
+
+def is_text(text: str) -> bool:
+    """Whether all of it is characters: Python's surrogates, for a name that is not UTF-8, cannot be written anywhere."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def told(error: BaseException) -> str:

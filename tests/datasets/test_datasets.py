@@ -951,3 +951,26 @@ def test_data_written_by_the_csv_module_comes_back(tmp_path):
     data = load_data(write(tmp_path, buffer.getvalue()))
     np.testing.assert_array_equal(data.X, X)
     assert [data.classes[k] for k in data.y[:5]] == [name.strip() for name in names]
+
+
+def test_an_archive_of_200_000_members_is_refused_unread(tmp_path: Path) -> None:
+    """Its list took seconds to take apart, and many times its size in memory."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("X.npy"), b"")
+    data = buffer.getvalue()
+    start, end = data.index(b"PK\1\2"), data.index(b"PK\5\6")
+    entries = 200_000 * data[start:end]
+    tail = bytearray(data[end:])
+    tail[12:16] = len(entries).to_bytes(4, "little")
+    (tmp_path / "many.npz").write_bytes(data[:start] + entries + tail)
+    assert len(zipfile.ZipFile(tmp_path / "many.npz").infolist()) == 200_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="the list of its members is as long as that of 10,000 arrays"):
+            load_data(tmp_path / "many.npz")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    np.savez(tmp_path / "some.npz", **{f"a{i}": np.zeros(1) for i in range(1000)}, X=np.eye(3), y=np.arange(3))
+    assert load_data(tmp_path / "some.npz").X.shape == (3, 3)
