@@ -15,6 +15,7 @@ from ..arrays.memory import explained_memory
 from ..arrays.place import Array, computing_on, dtype_name, namespace, place_of
 from ..distributed.group import Group
 from ..protocol import leaves, parameters
+from .moving import moved, moved_once
 
 _ORDERS = int.from_bytes(b"fit")  # the child of the seed whose children give the orders; a layer of that seed has others
 
@@ -48,35 +49,43 @@ class Data:
         group: if given, this rank's share of each batch, which may be empty.
         """
         order = self.rows if order is None else order
-        takes = [row_taker(x, order) for x in (self.X, self.y, *([] if self.weights is None else [self.weights]))]
+        takes = [row_taker(x, order) for x in self.arrays]
         count = len(self) if order is None else len(order)
-        y_dtype = self.dtype if is_float(self.y) else None
-        for i in range(start, count, batch_size):
+
+        def batch(i: int) -> tuple[Array, ...]:
             rows = i, min(i + batch_size, count)
-            X, y, *weights = (take(*(rows if group is None else group.share(*rows))) for take in takes)
-            yield (
-                self.device.asarray(X, dtype=self.X_dtype), self.device.asarray(y, dtype=y_dtype),
-                self.device.asarray(weights[0], dtype=self.dtype) if weights else None,
-            )  # fmt: skip
+            return tuple(take(*(rows if group is None else group.share(*rows))) for take in takes)
+
+        for X, y, *weights in moved(map(batch, range(start, count, batch_size)), self.device, self.dtypes):
+            yield X, y, weights[0] if weights else None
 
     @property
-    def X_dtype(self) -> Any:
-        """What `X` is cast to; `None` for ids, which stay what they are."""
-        return None if self.takes_ids and place_of(self.X).integral else self.dtype
+    def arrays(self) -> tuple[Array, ...]:
+        """`X`, `y`, and the weights if there are any."""
+        return (self.X, self.y) if self.weights is None else (self.X, self.y, self.weights)
+
+    @property
+    def dtypes(self) -> tuple[Any, ...]:
+        """What each of them is cast to; `None` for ids, which stay what they are."""
+        X = None if self.takes_ids and place_of(self.X).integral else self.dtype
+        y = self.dtype if is_float(self.y) else None
+        return (X, y) if self.weights is None else (X, y, self.dtype)
+
+    def move(self) -> None:
+        """Have the data where the model is from now on, if they are on the host and fit on the model's card."""
+        self.X, self.y, *weights = moved_once(self.arrays, self.device, self.dtypes)
+        self.weights = weights[0] if weights else None
 
     @property
     def is_in_place(self) -> bool:
         """Whether `X` and `y` are where the model is, and in its dtype, so that batches need not be moved or cast."""
-        arrays = [self.X, self.y] if self.weights is None else [self.X, self.y, self.weights]
-        there = all(Device.of(x) == self.device for x in arrays)
-        return there and all(x.dtype == self.dtype or not is_float(x) for x in arrays[1:]) and (
-            self.X_dtype is None or self.X.dtype == self.dtype
-        )
+        there = all(Device.of(x) == self.device for x in self.arrays)
+        return there and all(dtype in (None, x.dtype) for x, dtype in zip(self.arrays, self.dtypes, strict=True))
 
     def fingerprints(self, numbers: int | None = None) -> dict[str, str]:
         """Of `X` and of `y` as training sees them; see `arrays.fingerprint` for `numbers`."""
         floating = dtype_name(self.dtype)
-        dtypes = {"X": floating if self.X_dtype is not None else "int64", "y": floating if is_float(self.y) else "int64"}
+        dtypes = {"X": floating if self.dtypes[0] is not None else "int64", "y": floating if is_float(self.y) else "int64"}
         if self.weights is not None:
             dtypes["weights"] = floating
         return {name: fingerprint(getattr(self, name), dtypes[name], self.rows, numbers=numbers)[:16] for name in dtypes}

@@ -101,7 +101,7 @@ def predict(model: Any, X: Array, *, batch_size: int = 1024) -> Array:
 def _predict(model: Any, data: Data, batch_size: int) -> Array:
     home, take, parts = Device.of(data.X), row_taker(data.X, None), []
     for i in range(0, len(data), batch_size):
-        X = data.device.asarray(take(i, min(i + batch_size, len(data))), dtype=data.X_dtype)
+        X = data.device.asarray(take(i, min(i + batch_size, len(data))), dtype=data.dtypes[0])
         with data.device:
             parts.append(home.asarray(model(X)))
     with computing_on(parts[0]) as xp:

@@ -60,9 +60,10 @@ def fit(
 ) -> History:
     """Train `model` on `X` and `y` in shuffled mini-batches.
 
-    X: `(N, ...)`, on any device and of any namespace; moved to the model's device batch by batch, in the model's dtype. Or,
-    without `y`, batches that the caller makes: a list of `(X, y)` or `(X, y, weights)`, a torch `DataLoader`, any object
-    whose `iter()` starts a new pass. They come in the order and size that they have; see `resume`.
+    X: `(N, ...)`, on any device and of any namespace; moved to the model's device batch by batch, in the model's dtype, or
+    once before training, where a GPU has plenty of room for all. Or, without `y`, batches that the caller makes: a list of
+    `(X, y)` or `(X, y, weights)`, a torch `DataLoader`, any object whose `iter()` starts a new pass. They come in the order
+    and size that they have; see `resume`.
     y: `(N,)` class ids, or what else the loss takes; a float `y` is cast too.
     loss, optimizer: such as `SoftmaxCrossEntropy()` and `Adam(lr=1e-3)`.
     validation: `(X, y)`, the fraction of the rows to hold out, or batches like those of `X`.
@@ -136,6 +137,8 @@ def fit(
                     check_batches(model, loss, each)
                 elif each is not None:
                     check_data(model, loss, each, names)
+            if group.size == 1 and isinstance(data, Data):
+                data.move()
         stored = stored_seed(checkpoint, model) if seed is None and resume and checkpoint and not group.rank else None
         root = group.exchange(stored or layer_seed(seed))[0]  # only now: a Generator spawns a child each time
         if held_count and isinstance(data, Data):
