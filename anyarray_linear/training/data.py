@@ -80,7 +80,7 @@ class Data:
     def is_in_place(self) -> bool:
         """Whether `X` and `y` are where the model is, and in its dtype, so that batches need not be moved or cast."""
         there = all(Device.of(x) == self.device for x in self.arrays)
-        return there and all(dtype in (None, x.dtype) for x, dtype in zip(self.arrays, self.dtypes, strict=True))
+        return there and all(dtype is None or x.dtype == dtype for x, dtype in zip(self.arrays, self.dtypes, strict=True))
 
     def fingerprints(self, numbers: int | None = None) -> dict[str, str]:
         """Of `X` and of `y` as training sees them; see `arrays.fingerprint` for `numbers`."""
