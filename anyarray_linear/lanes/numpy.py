@@ -277,7 +277,8 @@ def _forget_pool() -> None:
     _pool = None
 
 
-os.register_at_fork(after_in_child=_forget_pool)  # threads do not survive a fork
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)  # threads do not survive a fork
 
 
 def _on_cores(work: Callable[[], None], cores: int) -> None:
@@ -288,7 +289,12 @@ def _on_cores(work: Callable[[], None], cores: int) -> None:
     if _pool is None:
         _pool = ThreadPoolExecutor(thread_name_prefix="anyarray_linear")
     # in the caller's context: np.errstate counts there too
-    others = [_pool.submit(copy_context().run, work) for _ in range(1, cores)]
+    others: list[Any] = []
+    try:
+        while len(others) < cores - 1:
+            others.append(_pool.submit(copy_context().run, work))
+    except RuntimeError:  # no thread can start: there are too many, or none may, or the main one has ended
+        _pool = None  # which keeps what it could not begin
     try:
         work()
     finally:  # after an interrupt, too, nobody writes to the parameters any more
