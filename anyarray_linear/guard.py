@@ -46,14 +46,19 @@ class Guard:
 
     def _judge_now(self, step: int, value: Array, gradients: Iterable[Array], rows: int) -> Array | None:
         place, value = place_of(value), float(value)
-        if math.isfinite(value) and not self.fatal and all(place.run(all_finite, gradient) for gradient in gradients):
+        finite = math.isfinite(value) and not self.fatal and all(place.run(all_finite, gradient) for gradient in gradients)
+        return None if self.decide(step, value, finite, rows) else place.xp.asarray(False, device=self.device.native)
+
+    def decide(self, step: int, value: float, finite: bool, rows: int) -> bool:
+        """Whether a step with this loss is applied, `finite` if it and all gradients are; keeps the books."""
+        if finite and not self.fatal:
             self.total += value * rows
             self.rows += rows
-            return None
+            return True
         if not self.fatal:
             self.bad += 1
             self.fatal = step if self.bad > self.allowed else 0
-        return place.xp.asarray(False, device=self.device.native)
+        return False
 
     def read(self) -> tuple[float, int, int, int]:
         """`(total, rows, bad, fatal)` as Python numbers: the one wait for the device in an epoch."""

@@ -123,9 +123,7 @@ class Optimizer:
                 raise ValueError(f"where is {dtype_name(where.dtype)} of shape {tuple(where.shape)}; it must be a 0-d bool")
             bound.switch_place = place_of(where)
         bound.place.run(apply_update, self, bound, gradients, by, where)
-        self.bound, self._model, self._loaded = bound, model, {}
-        self.steps += 1
-        bound.remember()
+        self.stepped(model, bound)
 
     def bind(self, model: Any, gradients: Mapping[str, Array | None] | None = None) -> Binding:
         """What binds this optimizer to `model`, as the model is now: parameters that were assigned since are in it.
@@ -144,6 +142,12 @@ class Optimizer:
         if gradients is not None:
             bound.check(gradients)
         return bound
+
+    def stepped(self, model: Any, bound: Binding) -> None:
+        """A step was taken: `bound`, of `bind`, is as it left parameters and moments."""
+        self.bound, self._model, self._loaded = bound, model, {}
+        self.steps += 1
+        bound.remember()
 
     def moments(self) -> dict[str, Moments]:
         """The running means of each parameter, by its name; themselves, not copies. Empty before the first step."""
@@ -237,10 +241,7 @@ def apply_update(
             new_W = xp.where(where, new_W, W)
             new_moments = {m: xp.where(where, new_moments[m], moments[m]) for m in new_moments}
         new[name] = new_W, new_moments
-    for name, (layer, p) in bound.slots.items():  # only now, when nothing can go wrong any more
-        W, moments = new[name]
-        bound.moments[name] = {**bound.moments[name], **moments}
-        setattr(layer, p, W)
+    bound.assign(new)  # only now, when nothing can go wrong any more
 
 
 def clipped(gradients: Mapping[str, Array], clip_norm: float) -> dict[str, Array]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .arrays.checks import check_array
+from .arrays.operations import lanes_are_on
 from .arrays.place import Array, Namespace, Place, place_of
 from .guard import Guard
 from .protocol import parameters
@@ -102,6 +103,7 @@ class TrainingStep:
         Raises `TypeError` or `ValueError`, before anything is changed, for what does not fit.
         """
         check_array("X", X)
+        self._how_without_lanes()
         value = place_of(X).run(training_step, self, X, y, weights)
         self.number += 1
         return value
@@ -113,9 +115,14 @@ class TrainingStep:
 
         X, y, weights: all samples, where the model is. order: integers on the same device, or `None`: rows as they come.
         """
+        self._how_without_lanes()
         value = place_of(X).run(training_step_on_rows, self, X, y, order, start, stop, weights)
         self.number += 1
         return value
+
+    def _how_without_lanes(self) -> None:
+        if not lanes_are_on.get():
+            self.how = "portable: lanes are switched off"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "kept": {}}

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -26,6 +27,8 @@ import pytest
 from array_api_compat import array_namespace
 from array_api_compat import device as device_of
 
+# where the compiled lane keeps its code, so that tests leave nothing in the user's own cache
+os.environ.setdefault("ANYARRAY_CACHE_DIR", os.path.join(tempfile.gettempdir(), "anyarray_linear-tests"))
 # SciPy reads it when it is imported; without it, scikit-learn does not dispatch on arrays
 os.environ.setdefault("SCIPY_ARRAY_API", "1")
 

@@ -17,7 +17,7 @@ from ..arrays import operations
 from ..arrays.place import Array, place_of
 
 LANES = {
-    "array_api_compat.numpy": ("numpy",),
+    "array_api_compat.numpy": ("compiled", "numpy"),
     "array_api_compat.cupy": ("cupy",),
 }
 """The modules with lanes for a namespace; where two have an equal of the same operation, the first one's is taken."""

@@ -8,17 +8,13 @@ added. Only scratch memory is shared between blocks; what is returned is the cal
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextvars import copy_context
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from ..activations import ReLU, activation_gradient
-from ..arrays.cores import usable_cores
 from ..arrays.place import Array, Namespace
 from ..averages import reciprocal
 from ..binding import Binding, Flat, flat_of
@@ -36,9 +32,8 @@ BLOCK_BYTES = 1 << 20
 
 PACK = 1 << 14
 """Neighbouring parameters of up to so many elements together are updated by one call for all of them."""
-BLOCK = 1 << 17
-"""Elements updated at a time. With smaller blocks, threads spend more time on handing each other the interpreter than the
-cache saves."""
+BLOCK = 1 << 16
+"""Elements updated at a time: with gradient, moments and scratch what stays in the cache between the passes."""
 SMALL = 1 << 13
 """Products of arrays of fewer elements each are formed by `dot`: the same BLAS with 0.3 us less around it, but it fills its
 result with zeros first, which is more than that for larger ones."""
@@ -177,7 +172,7 @@ def _apply_update(
     by: Any,
     where: Array | None,
 ) -> None:
-    """Clip and update in place, in blocks that stay in the cache, on all cores: bit for bit the portable definition."""
+    """Clip and update in place, in blocks that stay in the cache: bit for bit the portable definition."""
     rule = _RULES.get(type(optimizer))
     if rule is None:  # somebody's own rule
         return apply_update(xp, optimizer, bound, gradients, by, where)
@@ -186,30 +181,15 @@ def _apply_update(
         return None
     if optimizer.clip_norm is not None:
         gradients = clipped(gradients, optimizer.clip_norm)
-    if flat.W.size <= min(PACK, BLOCK):  # the usual case of a small model, without what only large ones need
+    if flat.W.size <= PACK:  # the usual case of a small model, without what only large ones need
         ((W, dW, moments),) = _pieces(flat, gradients)
         rule(W, dW, moments, np.empty_like(dW), by)
         return None
-    cores = min(len(usable_cores()), flat.W.size // (2 * BLOCK))
-    size = BLOCK if cores > 1 else BLOCK // 2  # one thread alone needs no more, and less scratch memory
-    blocks = [
-        (W[i : i + size], dW[i : i + size], [moment[i : i + size] for moment in moments])
-        for W, dW, moments in _pieces(flat, gradients)
-        for i in range(0, W.size, size)
-    ]
-
-    def update() -> None:
-        scratch = np.empty(min(size, flat.W.size), flat.W.dtype)
-        while True:
-            try:
-                W, dW, moments = blocks.pop()
-            except IndexError:  # none is left
-                return
-            rule(W, dW, moments, scratch[: W.size], by)
-
-    # threads take the next block when they are done with one: a BLAS thread that still spins after its last product takes up
-    # to half of a core from one of them
-    _on_cores(update, cores)
+    scratch = np.empty(min(BLOCK, flat.W.size), flat.W.dtype)
+    for W, dW, moments in _pieces(flat, gradients):
+        for i in range(0, W.size, BLOCK):
+            part = slice(i, min(i + BLOCK, W.size))
+            rule(W[part], dW[part], [moment[part] for moment in moments], scratch[: part.stop - i], by)
     return None
 
 
@@ -268,40 +248,6 @@ def _sgd(W: Array, dW: Array, moments: list[Array], S: Array, by: Any) -> None:
 
 
 _RULES: dict[type, Callable[..., None]] = {SGD: _sgd, Adam: _adam, AdamW: _adam}
-
-_pool: ThreadPoolExecutor | None = None
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # threads do not survive a fork
-
-
-def _on_cores(work: Callable[[], None], cores: int) -> None:
-    """`work` in so many threads, this one among them; NumPy lets go of the interpreter while it computes."""
-    global _pool
-    if cores < 2:
-        return work()
-    if _pool is None:
-        _pool = ThreadPoolExecutor(thread_name_prefix="anyarray_linear")
-    # in the caller's context: np.errstate counts there too
-    others: list[Any] = []
-    try:
-        while len(others) < cores - 1:
-            others.append(_pool.submit(copy_context().run, work))
-    except RuntimeError:  # no thread can start: there are too many, or none may, or the main one has ended
-        _pool = None  # which keeps what it could not begin
-    try:
-        work()
-    finally:  # after an interrupt, too, nobody writes to the parameters any more
-        wait(others)
-    for other in others:
-        other.result()
-    return None
 
 
 OPERATIONS = {

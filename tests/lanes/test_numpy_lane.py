@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import pickle
 import subprocess
 import sys
-import threading
-import time
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,30 +68,6 @@ def test_row_blocks_give_the_same_products(shape, dtype, monkeypatch):
         assert (abs(mine - theirs) <= 2 * 1.1 * n * u * scale).all()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_process_has_threads_of_its_own():
-    # a child inherits the pool but none of its threads; what it hands to them would wait for ever, and the alarm ends it
-    code = """
-import os, signal, threading, time
-from anyarray_linear.lanes import numpy as lane
-done = []
-lane._on_cores(lambda: done.append(threading.get_ident()) or time.sleep(0.1), 3)
-assert len(set(done)) == 3
-time.sleep(0.2)
-child = os.fork()
-if not child:
-    signal.alarm(20)
-    done.clear()
-    lane._on_cores(lambda: done.append(1) or time.sleep(0.1), 3)
-    os._exit(0 if len(done) == 3 else 1)
-print(os.waitpid(child, 0)[1])
-"""
-    # since Python 3.12, fork warns of threads: there are some here on purpose
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))}
-    assert subprocess.check_output(command, env=environment, text=True, timeout=120).strip() == "0"
-
-
 def test_blocks_are_used_for_tall_inputs_only():
     W = np.ones((64, 64), np.float32)
     assert numpy_lane.block_rows(np.ones((65_536, 64), np.float32), W) == 2048
@@ -119,7 +91,6 @@ def train(optimizer, dtype, steps=20, where=None, hidden=300):
 def test_optimizers_update_in_place_to_the_same_bits(name, dtype, pack, block, monkeypatch):
     monkeypatch.setattr(numpy_lane, "PACK", pack)
     monkeypatch.setattr(numpy_lane, "BLOCK", block)
-    monkeypatch.setattr(numpy_lane, "usable_cores", lambda: {0, 1, 2})
     mine, theirs = OPTIMIZERS[name](), OPTIMIZERS[name]()
     fast = train(mine, dtype)
     with lanes.off():
@@ -158,46 +129,6 @@ def test_a_training_step_needs_little_memory_beside_what_it_works_on(sizes, batc
     activations = 4 * batch * sum(sizes[1:])
     # parameters and two moments were there before; the step itself adds gradients and activations
     assert 3 * parameters + peak <= 1.15 * (4 * parameters + activations)
-
-
-def test_large_models_are_updated_by_several_threads(monkeypatch):
-    monkeypatch.setattr(numpy_lane, "BLOCK", 1000)
-    monkeypatch.setattr(numpy_lane, "usable_cores", lambda: {0, 1, 2})
-    threads, together = set(), threading.Barrier(3, timeout=60)
-    rule = numpy_lane._RULES[SGD]
-
-    def watched(*arguments):
-        if threading.get_ident() not in threads:
-            threads.add(threading.get_ident())
-            together.wait()  # passes only if three threads are at work
-        rule(*arguments)
-
-    monkeypatch.setitem(numpy_lane._RULES, SGD, watched)
-    train(SGD(0.1), "float32", steps=1)
-    assert len(threads) == 3
-
-
-def test_no_thread_still_updates_after_the_step_was_interrupted(monkeypatch):
-    monkeypatch.setattr(numpy_lane, "BLOCK", 1000)
-    monkeypatch.setattr(numpy_lane, "usable_cores", lambda: {0, 1, 2})
-    rule, main, at_work, released = numpy_lane._RULES[SGD], threading.get_ident(), threading.Barrier(3, timeout=60), []
-
-    def interrupted(*arguments):
-        if not released:
-            at_work.wait()  # all three threads have a block in hand
-            released.append(True)
-        if threading.get_ident() == main:
-            raise KeyboardInterrupt
-        time.sleep(0.05)  # they are busy when this thread leaves
-        rule(*arguments)
-
-    monkeypatch.setitem(numpy_lane._RULES, SGD, interrupted)
-    layer, optimizer = Linear(100, 100, dtype="float32", seed=0), SGD(0.1)
-    with pytest.raises(KeyboardInterrupt):
-        optimizer.step(layer, {name: np.ones_like(p) for name, p in layer.parameters().items()})
-    at_once = layer.W.copy()
-    time.sleep(0.3)
-    np.testing.assert_array_equal(layer.W, at_once)
 
 
 def test_an_error_of_a_rule_is_not_taken_for_the_end_of_the_work(monkeypatch):
@@ -283,8 +214,6 @@ def test_gradients_given_to_the_optimizer_are_never_written():
 
 
 def test_lanes_can_be_switched_off_by_the_environment(monkeypatch):
-    import subprocess
-    import sys
 
     code = "from anyarray_linear import lanes, linear; from array_api_compat import numpy; from anyarray_linear.arrays.place import place_of; place = place_of(numpy.ones(1)); print(place.operation(linear.affine) is linear.affine)"
     for value, expected in (("0", "True"), ("1", "False")):

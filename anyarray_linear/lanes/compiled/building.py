@@ -1,0 +1,178 @@
+"""Compiled code: made by numba once per machine, kept on disk as an object file, and loaded without numba.
+
+Importing numba takes longer than many trainings. So what it compiles is kept as machine code, in a folder of the user's, and
+loading that needs llvmlite only, some 50 ms. What is kept is used only by the same source, the same numba and llvmlite, and
+the same kind of processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_lock = threading.Lock()
+LIBRARY = {"memset", "memcpy", "memmove", "log", "logf", "log1p", "log1pf", "sqrt", "sqrtf", "exp", "expf"}
+"""The functions of the C library that compiled code may call."""
+
+
+class Declined(Exception):
+    """Why something is not compiled here; the text is for `TrainingStep.how`."""
+
+
+class Code(NamedTuple):
+    """The addresses of compiled functions for arrays of one dtype."""
+
+    run: int
+    """`void run(int64 control, int64 pool, int64 others)`"""
+    worker: int
+    """`void* worker(void* pool)`"""
+    dtype: str
+
+
+@functools.cache
+def code_for(dtype: str) -> Code:
+    """The compiled functions for `"float32"` or `"float64"`. Raises `Declined`."""
+    with _lock:
+        try:
+            return _code_for(dtype)
+        except Declined:
+            raise
+        except Exception as error:  # whatever goes wrong in there, training goes on without it
+            raise Declined(f"compiling failed: {type(error).__name__}: {error}"[:200]) from error
+
+
+def _code_for(dtype: str) -> Code:
+    if not all(PathFinder.find_spec(name) for name in ("numba", "llvmlite")):
+        raise Declined('numba is not installed (pip install "anyarray_linear[fast]")')
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    path = _folder() / f"step-{dtype}-{_key(llvm)}.o"
+    machine_code = _read(path)
+    if machine_code is None:
+        machine_code = _compiled(llvm, dtype)
+        _write(path, machine_code)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target(llvm))
+    engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
+    engine.finalize_object()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))  # at its end, the process may still have threads in there
+    return Code(engine.get_function_address("anyarray_run"), engine.get_function_address("anyarray_worker"), dtype)
+
+
+def _target(llvm: Any) -> Any:
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=_features(llvm), opt=3, jit=True
+    )
+
+
+def _features(llvm: Any) -> str:
+    with suppress(RuntimeError):  # not known of every processor
+        return str(llvm.get_host_cpu_features().flatten())
+    return ""
+
+
+def _key(llvm: Any) -> str:
+    """What the code was made of, and for what."""
+    here, found = Path(__file__).parent, hashlib.sha256()
+    for path in (here / "building.py", here / "layout.py", *sorted((here / "source").glob("*.py"))):
+        found.update(path.read_bytes())
+    for name in ("numba", "llvmlite"):
+        spec = PathFinder.find_spec(name)
+        origin = Path(spec.origin if spec and spec.origin else "")
+        found.update(repr((name, sorted(p.name for p in origin.parent.parent.glob(f"{name}-*.dist-info")))).encode())
+    found.update(repr((sys.version, llvm.get_process_triple(), llvm.get_host_cpu_name(), _features(llvm))).encode())
+    return found.hexdigest()[:24]
+
+
+def _folder() -> Path:
+    """Where compiled code is kept: with numba's own, or in the user's cache."""
+    for variable in ("ANYARRAY_CACHE_DIR", "NUMBA_CACHE_DIR"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable])
+    home = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else os.environ.get("XDG_CACHE_HOME")
+    return Path(home or Path.home() / ".cache") / "anyarray_linear"
+
+
+def _read(path: Path) -> bytes | None:
+    """The machine code there; `None` if there is none, or it is not whole."""
+    try:
+        digest, machine_code = path.read_bytes()[:32], path.read_bytes()[32:]
+    except OSError:
+        return None
+    return machine_code if hashlib.sha256(machine_code).digest() == digest else None
+
+
+def _write(path: Path, machine_code: bytes) -> None:
+    """Keep it, if that can be: a folder that cannot be written to costs some seconds at each start, no more."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(machine_code).digest() + machine_code)
+        os.replace(name, path)
+    except OSError as error:
+        _say(f"the compiled step is not kept for next time, since {path.parent} cannot be written to ({error.strerror}); "
+             "set ANYARRAY_CACHE_DIR to a folder that can")
+
+
+def _say(line: str) -> None:
+    with suppress(OSError, AttributeError, ValueError):  # there may be no stderr
+        print(f"anyarray_linear: {line}", file=sys.stderr, flush=True)
+
+
+_DOORS = """
+define void @anyarray_run(i64 %control, i64 %pool, i64 %others) {{
+  %result = alloca i64
+  %error = alloca i64
+  %status = call i32 @{name}(ptr %result, ptr %error, i64 %control, i64 %pool, i64 %others)
+  ret void
+}}
+define ptr @anyarray_worker(ptr %pool) {{
+  %result = alloca i64
+  %error = alloca i64
+  %address = ptrtoint ptr %pool to i64
+  %status = call i32 @{name}(ptr %result, ptr %error, i64 0, i64 %address, i64 0)
+  ret ptr null
+}}
+"""
+
+
+def _compiled(llvm: Any, dtype: str) -> bytes:
+    """The machine code, compiled now: some seconds."""
+    _say(f"compiling the training step for {dtype}, once on this machine; it takes some seconds")
+    import numpy as np
+    from numba import njit
+
+    from .source.engine import enter
+
+    like = np.dtype(dtype).type(1)
+
+    @njit("void(int64, int64, int64)", error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[untyped-decorator]
+    def entered(control: int, pool: int, others: int) -> None:
+        enter(control, pool, others, like)
+
+    (result,) = entered.overloads.values()
+    text = result.library.get_llvm_str()
+    module = llvm.parse_assembly(text + _DOORS.format(name=f'"{result.fndesc.llvm_func_name}"'))
+    module.verify()
+    unknown = [f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")]
+    if not LIBRARY.issuperset(unknown):  # whatever it is, it cannot be loaded without numba
+        raise Declined(f"this numba's code calls {', '.join(unknown)}")
+    return bytes(_target(llvm).emit_object(module))
+
+
+@functools.cache
+def caller(address: int, *, holding: bool) -> Any:
+    """`run` as a Python function; `holding` the interpreter, which what takes microseconds should not hand to others."""
+    kind = ctypes.PYFUNCTYPE if holding else ctypes.CFUNCTYPE
+    return kind(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(address)

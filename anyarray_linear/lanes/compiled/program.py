@@ -1,0 +1,311 @@
+"""A model, a loss and a rule as a table of operations on memory: what the compiled functions work through.
+
+The table is made once for a model and a batch size. Where a product is large it is cut into tiles for the threads, by its
+features and never along its sums, so every number is formed in one place and in one order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...activations import GELU, ReLU, Sigmoid, SiLU, Tanh
+from ...linear import Linear
+from ...losses import MeanSquaredError, SoftmaxCrossEntropy
+from ...optimizers import SGD, Adam, AdamW
+from ...sequential import Sequential
+from . import layout as at
+from .blas import Blas
+from .building import Declined
+
+Host = np.ndarray[Any, Any]
+
+WORTH_CUTTING = 1 << 20
+"""Multiplications in a product from which on it is cut into tiles: some 10 us, where handing out a tile costs one."""
+IN_ONE = 1 << 17
+"""OpenBLAS forms products of fewer multiplications in one thread anyway."""
+ROWS = 1 << 13
+"""Elements of a loss's tile."""
+CHUNK = 1 << 14
+"""Elements of an update's tile: with its moments what fits the second-level cache."""
+
+DATA = object.__basicsize__
+"""Where a NumPy array object has the address of its data: the first thing after what every object has, in NumPy's binary
+interface since its beginning. Read by compiled code, it costs nothing; `ndarray.ctypes.data` costs over a microsecond."""
+
+_ACTIVATIONS = {ReLU: at.RELU, Tanh: at.TANH, Sigmoid: at.SIGMOID, SiLU: at.SILU}
+_KEEPS_OUTPUT = at.NONE, at.RELU, at.TANH, at.SIGMOID
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The layers of `model` in the order of its computation, a shared one at each of its positions."""
+    if type(model) is Sequential:
+        return [leaf for layer in model.layers for leaf in layers_of(layer)]
+    return [model]
+
+
+def containers_of(model: Any) -> list[tuple[Sequential, Any]]:
+    """Every container in `model`, with its layers."""
+    if type(model) is not Sequential:
+        return []
+    return [(model, model.layers), *(found for layer in model.layers for found in containers_of(layer))]
+
+
+def kind_of(layer: Any) -> int | None:
+    """The number of an activation; `None` for what is none."""
+    if type(layer) is GELU:
+        return at.GELU_TANH if layer.approximate == "tanh" else at.GELU
+    return _ACTIVATIONS.get(type(layer))
+
+
+class Stage(NamedTuple):
+    """A linear layer with the activation after it, or an activation alone."""
+
+    layer: Any
+    kind: int
+    width: int
+    """Features of its input."""
+    out: int
+
+
+def stages_of(model: Any, width: int) -> list[Stage]:
+    """The stages of a model for inputs of so many features. Raises `Declined`."""
+    stages: list[Stage] = []
+    for layer in layers_of(model):
+        kind = kind_of(layer)
+        if type(layer) is Linear:
+            stages.append(Stage(layer, at.NONE, width, layer.out_features))
+            width = layer.out_features
+        elif kind is None:
+            raise Declined(f"{type(layer).__name__} is not compiled")
+        elif stages and stages[-1].layer is not None and stages[-1].kind == at.NONE:
+            stages[-1] = stages[-1]._replace(kind=kind)
+        else:
+            stages.append(Stage(None, kind, width, width))
+    if not stages:
+        raise Declined("a model without layers is not compiled")
+    return stages
+
+
+def rule_of(optimizer: Any) -> int:
+    """The number of an optimizer's rule. Raises `Declined`."""
+    if type(optimizer) in (Adam, AdamW):
+        return at.ADAM
+    if type(optimizer) is SGD:
+        return at.MOMENTUM if optimizer.momentum else at.PLAIN
+    raise Declined(f"the rule {type(optimizer).__name__} is not compiled")
+
+
+def loss_kind(loss: Any) -> int:
+    """The number of a loss with class ids, or with rows for one that has no ids. Raises `Declined`."""
+    if any(value is not None and value != 0 for value in vars(loss).values()):
+        raise Declined(f"{loss!r}, with its options, is not compiled")
+    if type(loss) is SoftmaxCrossEntropy:
+        return at.IDS
+    if type(loss) is MeanSquaredError:
+        return at.SQUARED
+    raise Declined(f"the loss {type(loss).__name__} is not compiled")
+
+
+def cut(rows: int, columns: int, depth: int, threads: int) -> tuple[int, int]:
+    """In how many parts rows and columns of a product are cut: so that least is read, and no part is thin."""
+    if threads == 1 or rows * columns * depth < WORTH_CUTTING:
+        return 1, 1
+    best, choice = math.inf, (1, 1)
+    for i in range(1, threads + 1):
+        j = -(-threads // i)
+        if i > max(1, rows // 16) or j > max(1, columns // 32):
+            continue
+        read = i * columns + j * rows
+        if read < best:
+            best, choice = read, (i, j)
+    return choice
+
+
+class Program:
+    """A step, or with `loss=None` the forward pass alone, for batches of `rows` rows.
+
+    kind: that of the target, `layout.IDS` and so on. gather: whether rows are taken in an order first.
+    gradients: the address of the flat buffer of the gradients, and its size; `offsets`: where in it each parameter's are, by
+    the identity of layer and attribute.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        dtype: Any,
+        blas: Blas,
+        threads: int,
+        rows: int,
+        *,
+        target: int | None = None,
+        target_width: int = 1,
+        gather: bool = False,
+        looks: bool = False,
+        flat: Any = None,
+        gradients: Host | None = None,
+        rule: int = at.PLAIN,
+        yielding: int = 0,
+    ) -> None:
+        self.dtype, self.rows, self.threads, self.itemsize = dtype, rows, threads, dtype.itemsize
+        self.kept: list[Any] = [flat, gradients]
+        self.operations: list[list[int]] = []
+        self.tickets = self.after = 0
+        self.largest = self.work = 0  # multiplications in a tile, and in all
+        self.zeros = self.array(max(max(stage.width, stage.out) for stage in stages) + 1024, zero=True)
+        self.control = np.zeros(at.CONTROL, np.int64)
+        self.numbers = np.zeros(at.COUNT, np.float64)
+        self._stages, self._target, self._looks = list(stages), target, looks
+
+        X, ld = 0, stages[0].width
+        y = 0
+        if gather:
+            X = self.array(rows * stages[0].width)
+            y = self.array(rows * target_width, np.dtype(np.int64) if target == at.IDS else dtype)
+            take = [X, y, rows, stages[0].width, target_width, int(target == at.IDS)]
+            chunk = max(1, ROWS // stages[0].width)
+            self.add(at.TAKE, -(-rows // chunk), *take, chunk)
+        sources, kept = self._forward(X, ld)
+        self.output = self._out
+        if target is not None:
+            self._train(sources, kept, y, flat, gradients, rule)
+        table = np.zeros((len(self.operations), at.FIELDS), np.int64)
+        for row, operation in zip(table, self.operations, strict=True):
+            row[: len(operation)] = operation
+        self.kept.append(table)
+        c = self.control
+        c[at.TOTAL], c[at.OPERATIONS], c[at.NUMBERS] = self.tickets, table.ctypes.data, self.numbers.ctypes.data
+        c[at.GEMM], c[at.WIDE] = blas.single if dtype == np.float32 else blas.double, int(blas.wide)
+        c[at.YIELD], c[at.LOCAL], c[at.DATA] = yielding, blas.local, DATA
+        self.address = c.ctypes.data
+        self.parallel = threads > 1 and any(operation[at.TILES] > 1 for operation in self.operations)
+
+    # memory
+
+    def array(self, elements: int, dtype: Any = None, *, zero: bool = False) -> int:
+        """The address of memory for so many elements, at the start of a cache line."""
+        dtype = self.dtype if dtype is None else dtype
+        raw = (np.zeros if zero else np.empty)(max(1, elements) * dtype.itemsize + 64, np.uint8)
+        self.kept.append(raw)
+        return -(-raw.ctypes.data // 64) * 64
+
+    def parameter(self, x: Host) -> int:
+        """The address of a parameter."""
+        if not x.flags.c_contiguous:
+            raise Declined("a parameter that is not contiguous is not compiled")
+        self.kept.append(x)
+        return x.ctypes.data
+
+    # operations
+
+    def add(self, code: int, tiles: int, *fields: int) -> None:
+        """An operation that may run beside those since the last `barrier`."""
+        self.operations.append([code, self.tickets, tiles, self.after, *fields])
+        self.tickets += tiles
+
+    def barrier(self) -> None:
+        """What is added from now on needs all that was added so far."""
+        self.after = self.tickets
+
+    def product(self, rows: int, columns: int, depth: int) -> tuple[int, int]:
+        parts = cut(rows, columns, depth, self.threads)
+        tile = -(-rows // parts[0]) * -(-columns // parts[1]) * depth
+        self.largest, self.work = max(self.largest, tile), self.work + rows * columns * depth
+        return parts
+
+    def chunks(self, elements: int, chunk: int) -> tuple[int, int]:
+        """`(tiles, elements of a tile)`."""
+        if elements < 4 * chunk:
+            chunk = max(1, elements)
+        return -(-elements // chunk), chunk
+
+    def _forward(self, X: int, ld: int) -> tuple[list[tuple[int, int]], list[int]]:
+        """The operations of the forward pass; each stage's input with its row length, and what its activation kept."""
+        sources, kept, n = [], [], self.rows
+        for stage in self._stages:
+            self.barrier()
+            sources.append((X, ld))
+            after = self.array(n * stage.out)
+            before = after if stage.kind in _KEEPS_OUTPUT else self.array(n * stage.out)
+            if stage.layer is not None:
+                b = self.zeros if stage.layer.b is None else self.parameter(stage.layer.b)
+                parts = self.product(n, stage.out, stage.width)
+                W = self.parameter(stage.layer.W)
+                self.add(at.FORWARD, parts[0] * parts[1], X, ld, W, b, before, after, n, stage.width, stage.out,
+                         stage.kind, *parts)  # fmt: skip
+            else:
+                tiles, chunk = self.chunks(n * stage.out, ROWS)
+                self.add(at.ACTIVATION, tiles, X, before, self.zeros, n * stage.out, stage.kind, chunk, after)
+            kept.append(after if stage.kind in _KEEPS_OUTPUT else before)
+            X, ld = after, stage.out
+        self._out = X
+        self.barrier()
+        return sources, kept
+
+    def _train(
+        self, sources: list[tuple[int, int]], kept: list[int], y: int, flat: Any, gradients: Any, rule: int
+    ) -> None:
+        """The operations from the loss to the update."""
+        stages, n, target = self._stages, self.rows, self._target
+        classes = stages[-1].out
+        elements = n if target in (at.IDS, at.ROWS) else n * classes
+        chunk = max(1, ROWS // classes)
+        tiles = -(-n // chunk)
+        partial = self.array(tiles, np.dtype(np.float64))
+        widest = max(stage.out for stage in stages)
+        D, other = self.array(n * widest), self.array(n * widest)
+        self.add(at.LOSS, tiles, self._out, D, y, n, classes, int(target or 0), chunk, partial, 0, 0, elements)
+        self.barrier()
+        judge = [partial, tiles, 0, 0, gradients.ctypes.data, gradients.size]
+        if not self._looks:
+            self.add(at.JUDGE, 1, *judge)
+
+        def trains(layer: Any) -> bool:
+            return layer is not None and bool(getattr(layer, "trainable", True))
+
+        first = next(i for i, stage in enumerate(stages) if trains(stage.layer))
+        written: set[int] = set()
+        masked = False
+        for i in range(len(stages) - 1, first - 1, -1):
+            stage = stages[i]
+            if stage.kind != at.NONE and not masked:
+                tiles, chunk = self.chunks(n * stage.out, ROWS)
+                self.add(at.ACTIVATION_GRADIENT, tiles, D, kept[i], n * stage.out, stage.kind, chunk)
+                self.barrier()
+            masked = False
+            layer = stage.layer
+            if layer is None:
+                continue
+            if i > first:
+                kind = stages[i - 1].kind
+                parts = self.product(n, stage.width, stage.out)
+                W = self.parameter(layer.W)
+                self.add(at.INPUT_GRADIENT, parts[0] * parts[1], D, W, other, kept[i - 1], n, stage.width, stage.out,
+                         kind, *parts)  # fmt: skip
+                masked = True
+            if trains(layer):
+                def place(p: Any) -> int:
+                    return int(p.ctypes.data - flat.W.ctypes.data + gradients.ctypes.data)
+
+                parts = self.product(stage.out, stage.width, n)
+                dW, db = place(layer.W), 0 if layer.b is None else place(layer.b)
+                self.add(at.WEIGHT_GRADIENT, parts[0] * parts[1], D, *sources[i], dW, db, n, stage.width, stage.out,
+                         int(id(layer) in written), *parts)  # fmt: skip
+                written.add(id(layer))
+            D, other = other, D
+            self.barrier()
+        if self._looks:
+            tiles, chunk = self.chunks(gradients.size, CHUNK)
+            looks = self.array(2 * tiles, np.dtype(np.float64))
+            self.add(at.LOOK, tiles, gradients.ctypes.data, gradients.size, chunk, looks)
+            self.barrier()
+            judge[2:4] = looks, tiles
+            self.add(at.JUDGE, 1, *judge)
+            self.barrier()
+        tiles, chunk = self.chunks(flat.W.size, CHUNK)
+        moments = [moment.ctypes.data for moment in flat.moments] + [0, 0]
+        self.kept.append(flat.moments)
+        self.add(at.UPDATE, tiles, flat.W.ctypes.data, gradients.ctypes.data, *moments[:2], flat.W.size, rule, chunk)

@@ -1,0 +1,1 @@
+"""What numba compiles: only `building` imports these modules, and only when there is something to compile."""

@@ -1,0 +1,262 @@
+"""The compiled step: when it is taken, what is checked before each one, and what is handed to the portable definition."""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Any, cast
+
+import numpy as np
+
+from ...arrays.cores import usable_cores
+from ...arrays.place import Array, Namespace
+from ...binding import flat_of
+from ...guard import Guard
+from ...linear import Linear
+from ...step import TrainingStep, loss_and_gradients, training_step, training_step_on_rows
+from . import layout as at
+from .blas import alone, blas
+from .building import Declined, caller, code_for
+from .program import IN_ONE, Host, Program, Stage, containers_of, layers_of, loss_kind, rule_of, stages_of
+from .threads import pool_for, yielding
+
+PATIENCE = 100
+"""Steps that a small model takes before code is compiled or loaded for it, a large one fewer. Counted by the optimizer, so
+that a training that goes on from a file has the bits of one that never stopped."""
+_LARGE = 20_000
+_KEPT = 4
+"""Programs kept, for as many batch sizes and kinds of target."""
+_LONG = 1 << 22
+"""Multiplications in a step from which on other Python threads may run beside it."""
+
+
+_put_arrays, _put_adam, _put_sgd = (cast(Any, Struct(form)).pack_into for form in ("4q", "8d", "5d"))
+
+
+class Plan:
+    """All that is kept for one step between its calls: buffers and programs."""
+
+    def __init__(self, xp: Namespace, step: TrainingStep) -> None:
+        model, optimizer = step.model, step.optimizer
+        self.bound = optimizer.bind(model)
+        self.flat = flat_of(xp, self.bound)
+        self.dtype = self.flat.W.dtype
+        if self.dtype.name not in ("float32", "float64") or not self.dtype.isnative:
+            raise Declined(f"{self.dtype.name} is not compiled")
+        self.rule, self.loss_kind = rule_of(optimizer), loss_kind(step.loss)
+        self.loss_options = dict(vars(step.loss))
+        self.layers = layers_of(model)
+        trained = {id(layer) for _, layer in self.bound.leaves}
+        if not any(layer.parameters() and id(layer) in trained for layer in self.layers):
+            raise Declined("a model without trained parameters is not compiled")
+        first = next(layer for layer in self.layers if layer.parameters())
+        self.width = int(first.in_features) if hasattr(first, "in_features") else 0
+        self.stages: list[Stage] = stages_of(model, self.width)
+        self.frozen = {id(layer) for layer in self.layers} - trained
+        if any(W.dtype != self.dtype for layer in self.layers for W in layer.parameters().values()):
+            raise Declined("layers of several dtypes are not compiled")
+        self.watch(step)
+        self.code, self.blas = code_for(self.dtype.name), blas()
+        self.holding, self.letting_go = (caller(self.code.run, holding=holding) for holding in (True, False))
+        self.pool = pool_for(self.code)
+        self.threads = max(1, min(alone.cores(self.blas), len(usable_cores()), 64))
+        self.told = [
+            f"compiled: products by {self.blas.name}, {n} thread{'s' if n > 1 else ''}" for n in range(1, self.threads + 1)
+        ]
+        self.gradients = np.zeros(self.flat.W.size, self.dtype)
+        self.programs: dict[Any, Program] = {}
+        self.out = self.stages[-1].out
+
+    def still_holds(self, xp: Namespace, step: TrainingStep) -> bool:
+        """Whether model, optimizer and loss are what this was made for; parameters that were assigned are copied in."""
+        if self.is_as_left(step):
+            return True
+        bound = step.optimizer.bind(step.model)
+        if flat_of(xp, bound) is not self.flat or bound.leaves != self.bound.leaves:
+            return False
+        if layers_of(step.model) != self.layers or vars(step.loss) != self.loss_options:
+            return False
+        if rule_of(step.optimizer) != self.rule:
+            return False
+        if any(layer.W is not W or layer.b is not b for layer, W, b, _ in self.watched if id(layer) in self.frozen):
+            return False
+        self.bound = bound
+        self.watch(step)
+        return True
+
+    def watch(self, step: TrainingStep) -> None:
+        """What is looked at before each step."""
+        self.watched = [
+            (layer, layer.W, layer.b, getattr(layer, "trainable", True)) for layer in self.layers if type(layer) is Linear
+        ]
+        self.containers = containers_of(step.model)
+
+    def is_as_left(self, step: TrainingStep) -> bool:
+        """Whether nothing was assigned since: a glance at every attribute that matters."""
+        optimizer = step.optimizer
+        if optimizer.bound is not self.bound or optimizer.moment_names != self.bound.moment_names:
+            return False
+        if vars(step.loss) != self.loss_options:
+            return False
+        for container, layers in self.containers:
+            if container.layers is not layers:
+                return False
+        for layer, W, b, trainable in self.watched:
+            if layer.W is not W or layer.b is not b or getattr(layer, "trainable", True) is not trainable:
+                return False
+        return True
+
+    def take(self, xp: Namespace, step: TrainingStep, X: Host, y: Host, order: Host | None, rows: int) -> Array | None:
+        """The loss of a step, which is done; `None` where the portable definition has to say what is wrong, or is needed."""
+        shape = (*X.shape[:-1], self.out)  # of Z, without an order
+        kind, target = self._target(shape, y)
+        if target is None or rows == 0:
+            return None
+        optimizer, guard = step.optimizer, step.guard
+        clip = optimizer.clip_norm
+        looks = guard is not None or clip is not None
+        key = rows, kind, order is not None, looks
+        program = self.programs.get(key)
+        if program is None:
+            while len(self.programs) >= _KEPT:
+                del self.programs[next(iter(self.programs))]
+            width = 1 if kind == at.IDS else self.out
+            program = self.programs[key] = Program(
+                self.stages, self.dtype, self.blas, self.threads, rows, target=kind, target_width=width,
+                gather=order is not None, looks=looks, flat=self.flat, gradients=self.gradients, rule=self.rule,
+                yielding=yielding(),
+            )  # fmt: skip
+        numbers = program.numbers
+        by = optimizer.scalars(optimizer.learning_rate(), optimizer.steps + 1)
+        if self.rule == at.ADAM:
+            _put_adam(numbers, 8 * at.RULE, *by)
+        else:
+            own, velocity = (1.0, by.momentum) if by.nesterov else (0.0, 1.0)
+            _put_sgd(numbers, 8 * at.RULE, by.lr, by.momentum, own, by.decay, velocity)
+        if looks:
+            numbers[at.CLIP : at.CLOSED + 1] = clip or 0.0, guard is not None, guard is not None and guard.fatal != 0
+        if X.ndim != 2:
+            X = X.reshape(-1, self.width)
+        apart, size = X.strides[0], X.itemsize
+        if X.strides[1] != size or apart % size or apart < X.shape[1] * size or self.stages[0].layer is None:
+            X = np.ascontiguousarray(X)  # a product takes rows that are apart, an activation does not
+        arrays = id(X), X.strides[0] // size, id(target), 0 if order is None else id(order)
+        _put_arrays(program.control, 8 * at.X, *arrays)
+        step.whole = False
+        others = self._run(program)
+        if program.control[at.FLAGS]:
+            step.whole = True
+            return None
+        value = float(numbers[at.VALUE])
+        if guard is not None:
+            guard.decide(step.number + 1, value, numbers[at.FINITE] == 1.0, step.rows or rows)
+        if optimizer.bound is self.bound:  # updated in place: nothing was assigned
+            optimizer.steps += 1
+        else:
+            optimizer.stepped(step.model, self.bound)
+        step.whole = True
+        step.how = self.told[others]
+        return np.asarray(value, self.dtype)
+
+    def _run(self, program: Program) -> int:
+        """Run it; by how many threads beside this one."""
+        run = self.holding if program.work < _LONG else self.letting_go
+        if not program.parallel or not self.pool.lock.acquire(blocking=False):
+            if program.largest <= IN_ONE:
+                run(program.address, 0, 0)
+                return 0
+            alone.enter(self.blas)
+            try:
+                run(program.address, 0, 0)
+            finally:
+                alone.leave(self.blas)
+            return 0
+        try:
+            wanted = min(alone.cores(self.blas), len(usable_cores()), program.threads) - 1
+            others = self.pool.grow(wanted) if wanted > 0 else 0
+            alone.enter(self.blas)
+            try:
+                run(program.address, self.pool.address if others else 0, others)
+            finally:
+                alone.leave(self.blas)
+            return others
+        finally:
+            self.pool.lock.release()
+
+    def _target(self, shape: tuple[int, ...], y: Host) -> tuple[int, Host | None]:
+        """The kind of target and `y` as compiled code takes it; `None` where it does not fit an output of that shape."""
+        if type(y) is not np.ndarray or not y.dtype.isnative:
+            return 0, None
+        if self.loss_kind == at.IDS:
+            if y.dtype.kind in "iu" and y.shape == shape[:-1]:
+                return at.IDS, np.ascontiguousarray(y, np.int64)
+            if y.shape == shape and (y.dtype == self.dtype or y.dtype.kind in "iu"):
+                return at.ROWS, np.ascontiguousarray(y, self.dtype)
+            return 0, None
+        column = len(shape) == 2 and shape[1] == 1 and y.shape == shape[:1]
+        if y.dtype == self.dtype and (y.shape == shape or column):
+            return self.loss_kind, np.ascontiguousarray(y)
+        return 0, None
+
+
+def patience(step: TrainingStep) -> int:
+    """How many steps are taken by the portable definition first."""
+    size = sum(W.size for W in step.optimizer.bound.parameters) if step.optimizer.bound else 0
+    return max(2, PATIENCE // (1 + size // _LARGE))
+
+
+def plan_for(xp: Namespace, step: TrainingStep) -> Plan | None:
+    """The plan of a step; `None` where the portable definition is taken, and `step.how` says why."""
+    plan = step.kept.get("plan")
+    if plan is None:
+        if "portable" in step.kept:  # it was said why
+            step.how = step.kept["portable"]
+            return None
+        if step.optimizer.steps < patience(step):
+            step.how = "portable: compiled code is for steps that are many, and is loaded after the first ones"
+            return None
+    elif plan.still_holds(xp, step):
+        return plan  # type: ignore[no-any-return]
+    try:
+        if step.gradients is not loss_and_gradients:
+            raise Declined("gradients of one's own, of a group or of microbatches, are not compiled")
+        if step.guard is not None and type(step.guard) is not Guard:
+            raise Declined("a guard of one's own is not compiled")
+        plan = step.kept["plan"] = Plan(xp, step)
+    except Declined as reason:
+        step.how = step.kept["portable"] = f"portable: {reason}"
+        return None
+    return plan
+
+
+def _fits(plan: Plan, X: Array, weights: Array | None) -> bool:
+    return (
+        weights is None and type(X) is np.ndarray and X.dtype == plan.dtype and X.ndim > 0 and X.shape[-1] == plan.width
+    )
+
+
+def compiled_step(xp: Namespace, step: TrainingStep, X: Array, y: Array, weights: Array | None) -> Array:
+    """`training_step`, compiled."""
+    plan = plan_for(xp, step)
+    if plan is not None:
+        if _fits(plan, X, weights):
+            value = plan.take(xp, step, X, y, None, X.size // plan.width)
+            if value is not None:
+                return value
+        step.how = "portable: this batch is not one that is compiled"
+    return training_step(xp, step, X, y, weights)
+
+
+def compiled_step_on_rows(
+    xp: Namespace, step: TrainingStep, X: Array, y: Array, order: Array | None, start: int, stop: int, weights: Array | None
+) -> Array:
+    """`training_step_on_rows`, compiled: the rows are gathered by it too."""
+    if order is None:
+        return training_step_on_rows(xp, step, X, y, order, start, stop, weights)
+    plan = plan_for(xp, step)
+    if plan is not None and _fits(plan, X, weights) and X.ndim == 2 and X.flags.c_contiguous and y.flags.c_contiguous:
+        part = order[start:stop]
+        if part.dtype == np.int64 and part.flags.c_contiguous and len(X) == len(y):
+            value = plan.take(xp, step, X, y, part, len(part))
+            if value is not None:
+                return value
+    return training_step_on_rows(xp, step, X, y, order, start, stop, weights)
