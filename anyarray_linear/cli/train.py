@@ -95,7 +95,7 @@ def train(
     seed: Annotated[int, _option("Of the split, the weights and the order of the batches.", "Training", min=0)] = 0,
     early_stopping: Annotated[
         int | None,
-        _option("Stop when the loss on validation has not improved for so many epochs.", "Training", metavar="EPOCHS", min=1),
+        _option("Stop when the loss on validation has not improved so long.", "Training", metavar="EPOCHS", min=1),
     ] = None,
     keep: Annotated[
         Literal["best", "last"],
