@@ -241,10 +241,7 @@ def apply_update(
             new_W = xp.where(where, new_W, W)
             new_moments = {m: xp.where(where, new_moments[m], moments[m]) for m in new_moments}
         new[name] = new_W, new_moments
-    for name, (layer, p) in bound.slots.items():  # only now, when nothing can go wrong any more
-        W, moments = new[name]
-        bound.moments[name] = {**bound.moments[name], **moments}
-        setattr(layer, p, W)
+    bound.assign(new)  # only now, when nothing can go wrong any more
 
 
 def clipped(gradients: Mapping[str, Array], clip_norm: float) -> dict[str, Array]:

@@ -15,6 +15,7 @@ from ..arrays.memory import explained_memory
 from ..arrays.place import Array, computing_on, dtype_name, namespace
 from ..distributed.group import Group
 from ..protocol import parameters
+from .moving import moved, moved_once
 
 _ORDERS = int.from_bytes(b"fit")  # the child of the seed whose children give the orders; a layer of that seed has others
 
@@ -46,10 +47,17 @@ class Data:
         takes = [row_taker(x, order) for x in (self.X, self.y)]
         count = len(self) if order is None else len(order)
         y_dtype = self.dtype if is_float(self.y) else None
-        for i in range(start, count, batch_size):
+
+        def batch(i: int) -> tuple[Array, Array]:
             rows = i, min(i + batch_size, count)
             X, y = (take(*(rows if group is None else group.share(*rows))) for take in takes)
-            yield self.device.asarray(X, dtype=self.dtype), self.device.asarray(y, dtype=y_dtype)
+            return X, y
+
+        yield from moved(map(batch, range(start, count, batch_size)), self.device, (self.dtype, y_dtype))
+
+    def move(self) -> None:
+        """Have the data where the model is from now on, if they are on the host and fit on the model's card."""
+        self.X, self.y = moved_once((self.X, self.y), self.device, (self.dtype, self.dtype if is_float(self.y) else None))
 
     @property
     def is_in_place(self) -> bool:

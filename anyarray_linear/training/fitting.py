@@ -55,7 +55,8 @@ def fit(
 ) -> History:
     """Train `model` on `X` and `y` in shuffled mini-batches.
 
-    X: `(N, ...)`, on any device and of any namespace; moved to the model's device batch by batch, in the model's dtype.
+    X: `(N, ...)`, on any device and of any namespace; moved to the model's device batch by batch, in the model's dtype, or
+    once before training, where a GPU has plenty of room for all.
     y: `(N,)` class ids, or what else the loss takes; a float `y` is cast too.
     loss, optimizer: such as `SoftmaxCrossEntropy()` and `Adam(lr=1e-3)`.
     validation: `(X, y)`, or the fraction of the rows to hold out.
@@ -118,6 +119,8 @@ def fit(
             if held is not None:
                 check_data(model, loss, held, ("the validation X", "the validation y"))
             check_data(model, loss, data, ("X", "y"))
+            if group.size == 1:
+                data.move()
         stored = stored_seed(checkpoint, model) if seed is None and resume and checkpoint and not group.rank else None
         root = group.exchange(stored or layer_seed(seed))[0]  # only now: a Generator spawns a child each time
         if held_count:
