@@ -9,11 +9,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata, util
+from itertools import groupby
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich import box
 from rich.table import Table
 
 from ..arrays import cards, doctor
@@ -165,26 +165,32 @@ def _checked(place: Device, dtype: str, shape: tuple[int, ...], out_features: in
     return row, complaints
 
 
+def _named(row: dict[str, Any]) -> str:
+    """Which backend, on what, a row is about."""
+    return f"{row['backend']} on {row['device']}" + (f" {row['name']}" if row["name"] != row["device"] else "")
+
+
 def _print(report: dict[str, Any]) -> None:
-    console = Terminal(width=max(Terminal().width, 132), highlight=False)
-    columns = "backend", "device", "dtype", "X -> Z", *OUTPUTS, "gradcheck", "adjoint", "step", "verdict"
-    table = Table(*columns, box=box.SIMPLE_HEAD)
-    table.columns[1].overflow, table.columns[3].no_wrap = "fold", True
-    above = None
-    for row in report["rows"]:
-        *batch, in_features, out_features = row["shape"]
-        named = [row["backend"], row["device"] + (f" {row['name']}" if row["name"] != row["device"] else "")]
-        shares = [f"{row[output]:.1%}" if output in row else "-" for output in OUTPUTS]
-        table.add_row(
-            *(named if named != above else ("", "")), row["dtype"],
-            f"{'x'.join(map(str, (*batch, in_features)))} -> {out_features}", *shares,
-            "-" if row["gradcheck"] is None else f"{row['gradcheck']:.0e}",
-            "-" if row["adjoint"] is None else f"{row['adjoint']:.1%}",
-            f"{row['step']:.1%}" if "step" in row else "-",
-            "[green]ok[/]" if row["ok"] else "[red]WRONG[/]",
-        )  # fmt: skip
-        above = named
-    console.print(table)
+    console = Terminal(highlight=False)
+    for i, (name, rows) in enumerate(groupby(report["rows"], key=_named)):  # so that the rows fit a window of 80 columns
+        console.print(f"\n{name}", style="bold", markup=False, soft_wrap=True)
+        table = Table(box=None, show_header=i == 0, padding=(0, 1, 0, 0))
+        widths = {"dtype": 7, "X -> Z": 14, **dict.fromkeys(OUTPUTS, 5), "gradcheck": 9, "adjoint": 7, "step": 5}
+        for head, width in widths.items():
+            table.add_column(head, min_width=width, no_wrap=True)
+        table.add_column("verdict", no_wrap=True)
+        for row in rows:
+            *batch, in_features, out_features = row["shape"]
+            table.add_row(
+                row["dtype"], f"{'x'.join(map(str, (*batch, in_features)))} -> {out_features}",
+                *(f"{row[output]:.1%}" if output in row else "-" for output in OUTPUTS),
+                "-" if row["gradcheck"] is None else f"{row['gradcheck']:.0e}",
+                "-" if row["adjoint"] is None else f"{row['adjoint']:.1%}",
+                f"{row['step']:.1%}" if "step" in row else "-",
+                "[green]ok[/]" if row["ok"] else "[red]WRONG[/]",
+            )  # fmt: skip
+        console.print(table)
+    console.print()
     console.print("versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     for name, facts in report["cuda"].items():
         console.print(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items()))

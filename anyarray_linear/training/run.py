@@ -274,7 +274,7 @@ class Run:
         """What makes it this training, as JSON: another result would come of any of it being otherwise."""
         held = self.held
         return {
-            "seed": {"entropy": _as_json(self.seed.entropy), "spawn_key": _as_json(self.seed.spawn_key)},
+            "seed": seed_as_json(self.seed),
             "rows": len(self.data),
             "training rows": self.count,
             "batch_size": self.batch_size,
@@ -295,6 +295,8 @@ class Run:
         if self.given not in (given, now):
             raise ValueError(other.format("optimizer", given, self.given, "optimizer"))
         last, rate = state["lr"]
+        if type(last) is not int or last < 0 or type(rate) is not float:  # a schedule, which is the user's, would be asked
+            raise ValueError(f"its learning rate is {rate!r:.60} in step {last!r:.60}, which no training can have")
         if callable(getattr(self.optimizer, "lr", None)):
             here = self.optimizer.learning_rate(last)
             if not math.isclose(rate, here, rel_tol=1e-9):  # machines differ in the last bits of a cosine
@@ -333,8 +335,15 @@ class Run:
         self.guard.start_epoch(guard["total"], guard["rows"])
 
 
+def seed_as_json(seed: Any) -> dict[str, Any]:
+    """What a `SeedSequence` was made of; `TypeError` where that is no integers, as in a file that somebody has changed."""
+    return {"entropy": _as_json(seed.entropy), "spawn_key": _as_json(seed.spawn_key)}
+
+
 def _as_json(entropy: Any) -> Any:
-    """What a seed was made of, in lists of ints."""
+    """In lists of ints."""
+    if isinstance(entropy, str):
+        raise TypeError(f"{entropy!r:.60} is no integer")
     return int(entropy) if isinstance(entropy, numbers.Integral) else [_as_json(part) for part in entropy]
 
 

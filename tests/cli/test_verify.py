@@ -88,6 +88,17 @@ def test_a_cuda_device_is_verified_by_its_own_name(backend, one_shape):
     assert set(report["cuda"][str(backend.device)]) >= {"cupy", "driver_cuda", "runtime_cuda", "float32_products"}
 
 
+def test_the_table_fits_a_window_of_80_columns(one_shape, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run("--device", "cpu").stdout
+    (head,) = (line for line in out.splitlines() if line.startswith("dtype"))
+    assert head.split()[-1] == "verdict"
+    rows = [line for line in out.splitlines() if line.startswith("float")]
+    assert len(rows) >= 2
+    assert all("->" in row and row.rstrip().endswith("ok") for row in rows)
+    assert max(map(len, (head, *rows))) <= 80
+
+
 def test_a_wrong_training_step_is_told_and_exits_with_1(one_shape, monkeypatch):
     from anyarray_linear import SGD
     from anyarray_linear.testing import steps
