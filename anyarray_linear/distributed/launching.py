@@ -39,7 +39,7 @@ def process_space() -> str:
     """What tells whether two processes see each other by number; `""` where that cannot be told."""
     try:
         return os.readlink("/proc/self/ns/pid")
-    except OSError:
+    except (OSError, AttributeError):
         return ""
 
 

@@ -182,7 +182,7 @@ def test_micro_batches_on_ranks_reach_the_weights_of_one_process(together):
 @pytest.mark.parametrize("accumulate", [2, 3, 10, 99])
 def test_micro_batches_in_one_process_reach_the_same_weights(accumulate):
     model = worker.linear_model("float64")
-    fit(model, *worker.linear_data("float64"), accumulate=accumulate, **worker.linear_options())
+    fit(model, *worker.linear_data("float64"), microbatches=accumulate, **worker.linear_options())
     assert_linear_as_one_process(worker.weights(model), "float64")
 
 
@@ -195,10 +195,10 @@ def test_micro_batches_bound_the_rows_that_are_worked_on_at_once():
             return super().forward(X)
 
     layer = Watched(6, 4, dtype="float64", seed=2)
-    fit(layer, *worker.linear_data("float64"), accumulate=4, **worker.linear_options())
+    fit(layer, *worker.linear_data("float64"), microbatches=4, **worker.linear_options())
     assert max(rows) == 3  # of a batch of 10
-    with pytest.raises(ValueError, match="accumulate is 0"):
-        fit(layer, *worker.linear_data("float64"), accumulate=0, **worker.linear_options())
+    with pytest.raises(ValueError, match="microbatches is 0"):
+        fit(layer, *worker.linear_data("float64"), microbatches=0, **worker.linear_options())
 
 
 class Perturbed(Sequential):
