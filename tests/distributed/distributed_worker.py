@@ -318,7 +318,7 @@ class Scenarios:
 
     def fault(self):
         """The command, with a fault of the program on rank 1, which needs its traceback."""
-        from anyarray_linear.cli import train
+        from anyarray_linear.cli import _training as train
         from anyarray_linear.cli._app import app
 
         def norms(*arguments):
