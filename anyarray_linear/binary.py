@@ -41,6 +41,9 @@ class BinaryCrossEntropy:
     (True, array([[-0.25,  0.25]]))
     """
 
+    positive_weights: tuple[float, ...] | None = None
+    is_plain = True  # without weights of samples, all elements count alike in the mean
+
     def __init__(self, positive_weights: Sequence[float] | None = None, *, reduction: str = "mean") -> None:
         only_mean(reduction)
         p = positive_weights

@@ -100,6 +100,10 @@ class SoftmaxCrossEntropy:
     (True, array([[ 0.25,  0.25, -0.75,  0.25]]))
     """
 
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    ignore_id: int | None = None
+
     def __init__(
         self,
         class_weights: Sequence[float] | None = None,
@@ -343,6 +347,8 @@ class MeanSquaredError:
     (2.0, array([[2.],
            [0.]]))
     """
+
+    is_plain = True
 
     def __init__(self, *, reduction: str = "mean") -> None:
         only_mean(reduction)

@@ -131,7 +131,7 @@ class Scenarios:
         found = {}
         for dtype in ("float32", "float64"):
             model = linear_model(dtype, self.group.device(os.environ.get("WORKER_DEVICE", "cpu")))
-            fit(model, *linear_data(dtype), group=self.group, accumulate=accumulate, **linear_options())
+            fit(model, *linear_data(dtype), group=self.group, microbatches=accumulate, **linear_options())
             found[dtype] = weights(model)
         return found
 

@@ -286,7 +286,7 @@ OTHERS = {
     "seed": (Adam, {"seed": 12}),
     "training rows": (Adam, {"validation": 0.3}),
     "validation": (Adam, {"X": data()[0][:40], "y": data()[1][:40], "validation": (data()[0][40:], data()[1][40:])}),
-    "accumulate": (Adam, {"accumulate": 2}),
+    "accumulate": (Adam, {"microbatches": 2}),
     "loss": (Adam, {"loss": MeanSquaredError(), "y": np.eye(3, dtype=np.float32)[data()[1]]}),
     "rows": (Adam, {"X": data()[0][:45], "y": data()[1][:45]}),
     "data": (Adam, {"X": data()[0] * 3}),
