@@ -18,7 +18,7 @@ from .optimizers import SGD, Adam, AdamW
 from .protocol import Layer, restore, snapshot
 from .sequential import Sequential
 from .step import TrainingStep
-from .training import History, NonFiniteError, evaluate, fit, predict
+from .training import EarlyStopping, History, NonFiniteError, evaluate, fit, predict
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ __all__ = [
     "Device",
     "DeviceUnavailableError",
     "Dropout",
+    "EarlyStopping",
     "History",
     "Layer",
     "LayerNorm",

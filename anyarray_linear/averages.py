@@ -23,6 +23,15 @@ def numbers_per_column(name: str, values: Any) -> tuple[float, ...]:
     return tuple(real(f"{name}[{i}]", value) for i, value in enumerate(values))
 
 
+def only_mean(reduction: str) -> None:
+    """Raise `ValueError` for what PyTorch offers besides the mean, and say what stands for it here."""
+    if reduction != "mean":
+        raise ValueError(
+            f"reduction is {reduction!r}, but losses here are means, so that batches of any size train alike; "
+            "the sum is value * loss.divisor(Z, target), and its gradient dZ * loss.divisor(Z, target)"
+        )
+
+
 def as_row(name: str, values: tuple[float, ...], Z: Array) -> Array:
     """`values` where `Z` is and in its dtype, one for each of its columns."""
     if len(values) != Z.shape[-1]:

@@ -12,6 +12,7 @@ from .averages import (
     as_loss,
     as_row,
     numbers_per_column,
+    only_mean,
     reciprocal,
     scaled_sum,
     shares,
@@ -32,6 +33,7 @@ class BinaryCrossEntropy:
     `forward(Z, target)`: targets in `[0, 1]` of the shape of `Z`, or `(N,)` for a `Z` of `(N, 1)`; integers and bools are
     cast.
     positive_weights: `p`, a number per label (the last axis of `Z`), by which its positives count more or less.
+    reduction: the mean and no other; the sum is `value * loss.divisor(Z, target)`.
 
     >>> import numpy as np
     >>> value, cache = BinaryCrossEntropy().forward(np.zeros((1, 2)), np.asarray([[True, False]]))
@@ -39,7 +41,11 @@ class BinaryCrossEntropy:
     (True, array([[-0.25,  0.25]]))
     """
 
-    def __init__(self, positive_weights: Sequence[float] | None = None) -> None:
+    positive_weights: tuple[float, ...] | None = None
+    is_plain = True  # without weights of samples, all elements count alike in the mean
+
+    def __init__(self, positive_weights: Sequence[float] | None = None, *, reduction: str = "mean") -> None:
+        only_mean(reduction)
         p = positive_weights
         self.positive_weights = None if p is None else numbers_per_column("positive_weights", p)
 

@@ -43,6 +43,7 @@ class Binding:
         self.names = set(parameters(model))  # of frozen layers too
         self.moments: dict[str, Moments] = {}
         self.flat: Flat | None = None
+        self.is_flat = False  # whether parameters and moments are views of `flat`, all of them
         self.switch_place: Place | None = None  # that of a `where` that was found to be right
 
     @classmethod
@@ -106,6 +107,14 @@ class Binding:
         now = self.now()
         return len(now) == len(self.parameters) and all(map(operator.is_, now, self.parameters))
 
+    def assign(self, new: Mapping[str, tuple[Array, Moments]]) -> None:
+        """Give every parameter and its moments their new arrays."""
+        self.is_flat = False
+        for name, (layer, p) in self.slots.items():
+            W, moments = new[name]
+            self.moments[name] = {**self.moments[name], **moments}
+            setattr(layer, p, W)
+
     def check(self, gradients: Mapping[str, Array | None]) -> None:
         """Raise unless there is a gradient for each parameter, of its shape and place, and for nothing else."""
         if type(gradients) is dict and len(gradients) == len(self.slots):
@@ -166,17 +175,24 @@ class Flat:
             views[name][...] = x
         return flat, views
 
+    def has_moments_of(self, bound: Binding) -> bool:
+        """Whether all moments are the views of the buffers still."""
+        if bound.moment_names != self.moment_names:
+            return False
+        for m, views in zip(self.moment_names, self._moment_views, strict=True):
+            for name, view in views.items():
+                if bound.moments[name][m] is not view:
+                    return False
+        return True
+
     def adopt(self, xp: Namespace, bound: Binding) -> bool:
         """Copy in the parameters that the user has assigned, and make each `layer.W` a view of the buffer again.
 
-        False if that cannot be, and the buffers have to be made anew: other parameters or moments, or a parameter that is
-        itself a part of the buffer.
+        False if that cannot be, and the buffers have to be made anew: other parameters, or one that is itself a part of the
+        buffer.
         """
-        if bound.slots.keys() != self.slices.keys() or bound.moment_names != self.moment_names:
+        if bound.slots.keys() != self.slices.keys():
             return False
-        for m, views in zip(self.moment_names, self._moment_views, strict=True):
-            if any(bound.moments[name][m] is not view for name, view in views.items()):
-                return False
         assigned = [
             (layer, p, view)
             for (layer, p), view in zip(bound.slots.values(), self.views.values(), strict=True)
@@ -201,7 +217,9 @@ class Flat:
 
 def flat_of(xp: Namespace, bound: Binding, align: int = 1) -> Flat:
     """The optimizer's buffers, made at its first step, with every parameter of the model in them as it is now."""
-    if bound.flat is None or not bound.flat.adopt(xp, bound):
-        bound.flat = Flat(xp, bound, align)
-        bound.flat.install(bound)
-    return bound.flat
+    flat = bound.flat
+    if flat is None or not (flat.has_moments_of(bound) and (bound.is_flat or flat.adopt(xp, bound))):
+        flat = bound.flat = Flat(xp, bound, align)
+        flat.install(bound)
+    bound.is_flat = True
+    return flat

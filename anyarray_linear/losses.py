@@ -21,6 +21,7 @@ from .averages import (
     as_row,
     is_whole,
     numbers_per_column,
+    only_mean,
     reciprocal,
     scaled_sum,
     shares,
@@ -90,7 +91,7 @@ class SoftmaxCrossEntropy:
 
     class_weights: a number per class, by which each sample of that class counts more or less; the mean is a weighted one.
     label_smoothing: this share of the target is spread evenly over all classes. ignore_id: a class id, such as -1, whose
-    samples count for nothing. All as in PyTorch's `CrossEntropyLoss`.
+    samples count for nothing. All as in PyTorch's `CrossEntropyLoss`. reduction: the mean and no other, see `divisor`.
 
     >>> import numpy as np
     >>> loss = SoftmaxCrossEntropy()
@@ -99,9 +100,19 @@ class SoftmaxCrossEntropy:
     (True, array([[ 0.25,  0.25, -0.75,  0.25]]))
     """
 
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    ignore_id: int | None = None
+
     def __init__(
-        self, class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0, ignore_id: int | None = None
+        self,
+        class_weights: Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        ignore_id: int | None = None,
+        *,
+        reduction: str = "mean",
     ) -> None:
+        only_mean(reduction)
         self.class_weights = None if class_weights is None else numbers_per_column("class_weights", class_weights)
         self.label_smoothing = real("label_smoothing", label_smoothing, below=1.0)
         if ignore_id is not None and (isinstance(ignore_id, bool) or not isinstance(ignore_id, int)):
@@ -332,7 +343,7 @@ class MeanSquaredError:
     """`loss = mean (Z - target)^2` over all elements, as PyTorch's `MSELoss`.
 
     `forward(Z, target)`: the target has the shape and device of `Z`, or shape `(N,)` for a `Z` of `(N, 1)`; it is of the
-    dtype of `Z`, or integers or bools, which are cast.
+    dtype of `Z`, or integers or bools, which are cast. reduction: the mean and no other, see `divisor` for the sum.
 
     >>> import numpy as np
     >>> loss = MeanSquaredError()
@@ -341,6 +352,11 @@ class MeanSquaredError:
     (2.0, array([[2.],
            [0.]]))
     """
+
+    is_plain = True
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        only_mean(reduction)
 
     def forward(self, Z: Array, target: Array, weights: Array | None = None) -> tuple[Array, dict[str, Array]]:
         """`(loss, cache)`; the loss is a 0-d array of the dtype and on the device of `Z`.

@@ -68,6 +68,8 @@ class LayerNorm:
     b: Array
     dW: Array | None
     db: Array | None
+    trainable = True
+    """Whether its parameters are trained; if not, `gradients` gives none for them, and forms no sum for them."""
 
     def __init__(self, features: int, eps: float = 1e-5, *, dtype: Any = None, device: Any = None) -> None:
         try:
@@ -117,6 +119,8 @@ class LayerNorm:
         check_alike("W", self.W, "dZ", dZ)
         check_shape("dZ", dZ, tuple(H.shape), "the shape of Z")
         check_shape("W", self.W, (H.shape[-1],), "the features of the cache")
+        if not self.trainable:
+            return place_of(dZ).run(normalized_input_gradient, dZ, H, R, self.W) if needs_dX else None, {}
         dX, dW, db = place_of(dZ).run(normalized_gradients, dZ, H, R, self.W, needs_dX)
         return dX, {"W": dW, "b": db}
 
@@ -184,18 +188,21 @@ def normalized_gradients(
     xp: Namespace, dZ: Array, H: Array, R: Array, W: Array, needs_dX: bool
 ) -> tuple[Array | None, Array, Array]:
     """`dX = R (dH - mean dH - H mean(dH * H))` with `dH = dZ * W`, `dW = 1^T (dZ * H)` and `db = 1^T dZ`."""
+    dX = normalized_input_gradient(xp, dZ, H, R, W) if needs_dX else None
     dZ_wide = _wide(xp, dZ)
-    dX = None
-    if needs_dX:
-        dH = dZ_wide * _wide(xp, W)
-        along_H = xp.mean(dH * H, axis=-1, keepdims=True)
-        dX = xp.astype(R * (dH - xp.mean(dH, axis=-1, keepdims=True) - H * along_H), dZ.dtype, copy=False)
     rows = math.prod(dZ.shape[:-1]), dZ.shape[-1]
     ones = xp.ones((1, rows[0]), dtype=dZ_wide.dtype, device=device_of(dZ))  # a product, as in linear.py
     dW, db = (
         xp.astype(xp.reshape(ones @ xp.reshape(x, rows), (rows[1],)), W.dtype, copy=False) for x in (dZ_wide * H, dZ_wide)
     )
     return dX, dW, db
+
+
+def normalized_input_gradient(xp: Namespace, dZ: Array, H: Array, R: Array, W: Array) -> Array:
+    """`dX = R (dH - mean dH - H mean(dH * H))` with `dH = dZ * W`."""
+    dH = _wide(xp, dZ) * _wide(xp, W)
+    along_H = xp.mean(dH * H, axis=-1, keepdims=True)
+    return xp.astype(R * (dH - xp.mean(dH, axis=-1, keepdims=True) - H * along_H), dZ.dtype, copy=False)
 
 
 def _wide(xp: Namespace, x: Array) -> Array:

@@ -122,7 +122,8 @@ class Optimizer:
             if where.shape != () or dtype_name(where.dtype) != "bool":
                 raise ValueError(f"where is {dtype_name(where.dtype)} of shape {tuple(where.shape)}; it must be a 0-d bool")
             bound.switch_place = place_of(where)
-        bound.place.run(apply_update, self, bound, gradients, by, where)
+        with bound.place.without_graph():
+            bound.place.run(apply_update, self, bound, gradients, by, where)
         self.stepped(model, bound)
 
     def bind(self, model: Any, gradients: Mapping[str, Array | None] | None = None) -> Binding:
@@ -241,10 +242,7 @@ def apply_update(
             new_W = xp.where(where, new_W, W)
             new_moments = {m: xp.where(where, new_moments[m], moments[m]) for m in new_moments}
         new[name] = new_W, new_moments
-    for name, (layer, p) in bound.slots.items():  # only now, when nothing can go wrong any more
-        W, moments = new[name]
-        bound.moments[name] = {**bound.moments[name], **moments}
-        setattr(layer, p, W)
+    bound.assign(new)  # only now, when nothing can go wrong any more
 
 
 def clipped(gradients: Mapping[str, Array], clip_norm: float) -> dict[str, Array]:

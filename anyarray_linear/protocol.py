@@ -62,7 +62,7 @@ def join(*names: str) -> str:
     >>> join("1", "0", "W"), join("", "W")
     ('1.0.W', 'W')
     """
-    return ".".join(name for name in names if name)
+    return ".".join(filter(None, names))
 
 
 def parameters(model: Any) -> dict[str, Array]:
@@ -93,13 +93,13 @@ def store_gradients(model: Any, gradients: Mapping[str, Array], *, accumulate: b
     new = []
     for name, layer in trained(model):
         for p in layer.parameters():
-            gradient, stored = gradients.get(join(name, p)), getattr(layer, f"d{p}", None)
+            gradient = gradients.get(join(name, p))
             if gradient is None:
                 raise ValueError(
                     f"gradients has no {join(name, p)}, only {', '.join(gradients) or 'nothing'}; a layer's gradients "
                     "must have every name that its parameters has"
                 )
-            if accumulate and stored is not None:
+            if accumulate and (stored := getattr(layer, f"d{p}", None)) is not None:
                 attribute = join(name, f"d{p}")
                 check_alike(f"the new {attribute}", gradient, attribute, stored)
                 check_shape(attribute, stored, tuple(gradient.shape), "as its parameter")
@@ -178,4 +178,4 @@ def _copy(x: Any) -> Any:
     if not is_array(x):
         return x
     with computing_on(x) as xp:
-        return xp.asarray(x, copy=True)
+        return xp.asarray(Device.of(x).asarray(x), copy=True)  # without a graph of torch's

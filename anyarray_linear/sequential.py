@@ -9,6 +9,7 @@ from .arrays.checks import check_alike
 from .arrays.place import Array, computing_on
 from .linear import Linear
 from .protocol import Layer, is_trained, join, leaves, parameters, store_gradients
+from .summary import summary
 
 
 class _Structure(NamedTuple):
@@ -55,10 +56,14 @@ class Sequential:
 
     def forward(self, X: Array) -> tuple[Array, list[Any]]:
         """`(Z, caches)`, one cache per layer."""
-        caches = []
-        for layer in self.layers:
-            X, cache = layer.forward(X)
-            caches.append(cache)
+        caches: list[Any] = []
+        try:
+            for layer in self.layers:
+                X, cache = layer.forward(X)
+                caches.append(cache)
+        except (TypeError, ValueError) as error:
+            self._explain(len(caches), error)
+            raise
         return X, caches
 
     def gradients(
@@ -80,6 +85,8 @@ class Sequential:
         dX: Array | None = dZ
         for i in range(len(self.layers) - 1, first - 1, -1):
             dX, gradients = self.layers[i].gradients(dX, caches[i], needs_dX=needs_dX or i > first)
+            if not getattr(self.layers[i], "trainable", True):
+                continue  # a user's layer may form them all the same
             for path, gradient in reversed(gradients.items()):
                 leaf, _, p = path.rpartition(".")
                 name = join(routes[i][leaf], p)
@@ -101,6 +108,17 @@ class Sequential:
         """`{"0.W": W, "0.b": b, ...}`, a shared layer's once."""
         return parameters(self)
 
+    @property
+    def trainable(self) -> bool:
+        """Whether any parameter in here is trained; setting it sets it for every layer."""
+        return any(leaf.parameters() and getattr(leaf, "trainable", True) for _, leaf in self.leaves())
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        for _, leaf in self.leaves():
+            if leaf.parameters():
+                leaf.trainable = value
+
     def _names(self) -> _Structure:
         return self._structure or self._look()
 
@@ -120,6 +138,21 @@ class Sequential:
     def leaves(self) -> list[tuple[str, Any]]:
         """`[(name, layer), ...]`: each distinct layer object once, depth first, under its first position."""
         return list(self._names().leaves)
+
+    def summary(self) -> str:
+        """A table of the layers as text: outputs, parameters, bytes and devices.
+
+        >>> from anyarray_linear import Dropout, ReLU
+        >>> first, last = Linear(64, 32, dtype="float32"), Linear(32, 10, dtype="float32")
+        >>> print(Sequential(first, ReLU(), Dropout(0.2), last).summary())
+        layer           output     parameters  bytes  device
+        0      Linear   (..., 32)       2,080  8,320  cpu
+        1      ReLU     (..., 32)
+        2      Dropout  (..., 32)
+        3      Linear   (..., 10)         330  1,320  cpu
+        2,410 parameters; 9,640 bytes
+        """
+        return summary(self)
 
     def collapse(self) -> Sequential:
         """The same function with each run of adjacent `Linear` layers merged into one.
@@ -152,9 +185,25 @@ class Sequential:
 
     def __call__(self, X: Array) -> Array:
         """`Z` for inference: no caches."""
-        for layer in self.layers:
-            X = layer(X)
+        done = 0
+        try:
+            for layer in self.layers:
+                X = layer(X)
+                done += 1
+        except (TypeError, ValueError) as error:
+            self._explain(done, error)
+            raise
         return X
+
+    def _explain(self, i: int, error: Exception) -> None:
+        """Raise an error like that of layer `i` about its input, which also says which layer, and what came before it."""
+        is_told = hasattr(error, "layer")  # by a container inside
+        if type(error) not in (TypeError, ValueError) or (i == 0 and not is_told):
+            return  # of the first layer, `X` is the caller's
+        before = "" if is_told else f", {self.layers[i]!r:.60}, after layer {i - 1}, {self.layers[i - 1]!r:.60}"
+        new = type(error)(f"in layer {i}{before}: {error}")
+        new.layer = i  # type: ignore[attr-defined]
+        raise new from error
 
     @overload
     def __getitem__(self, index: int) -> Layer: ...

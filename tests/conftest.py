@@ -31,6 +31,8 @@ from array_api_compat import device as device_of
 os.environ.setdefault("ANYARRAY_CACHE_DIR", os.path.join(tempfile.gettempdir(), "anyarray_linear-tests"))
 # SciPy reads it when it is imported; without it, scikit-learn does not dispatch on arrays
 os.environ.setdefault("SCIPY_ARRAY_API", "1")
+# OpenBLAS's threads wait for the next product for 26 ms, each on a core; tests of many processes have better uses for these
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 STAND_IN = b"CuPy CPU emulated"  # how the name of an emulated device starts
 

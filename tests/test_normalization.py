@@ -191,3 +191,17 @@ def test_what_does_not_fit_is_refused(backend):
 def test_arguments_that_are_wrong_are_named(arguments, error, match):
     with pytest.raises(error, match=f"^{match} is"):
         LayerNorm(*arguments)
+
+
+def test_a_frozen_layer_gives_the_gradient_of_its_input_alone(backend):
+    layer = layer_on(backend, 5, "float64")
+    X, dZ = backend.asarray(random(4, 5)), backend.asarray(random(4, 5, seed=2))
+    _, cache = layer.forward(X)
+    expected, _ = layer.gradients(dZ, cache)
+    layer.trainable = False
+    dX, gradients = layer.gradients(dZ, cache)
+    assert gradients == {}
+    assert np.array_equal(backend.to_numpy(dX), backend.to_numpy(expected))
+    assert layer.gradients(dZ, cache, needs_dX=False) == (None, {})
+    layer.backward(dZ, cache)
+    assert layer.dW is None

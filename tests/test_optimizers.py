@@ -264,6 +264,45 @@ def test_a_parameter_assigned_in_another_shape_or_dtype_is_never_bent_into_the_o
             assert np.allclose(backend.to_numpy(layer.W), backend.to_numpy(new) - 0.1)
 
 
+@pytest.mark.parametrize("steps_before", [0, 1])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_gradient_from_before_a_parameter_got_another_shape_is_refused_and_nothing_changes(backend, rule, steps_before):
+    for shape in ((1, 3), (5, 1), (5, 4), (3, 5)):  # the first two would broadcast, the last has as many elements
+        layer = Linear(3, 5, bias=False, dtype="float32", device=backend.device, seed=0)
+        optimizer, old = RULES[rule](), backend.asarray(np.ones((5, 3)), "float32")
+        for _ in range(steps_before):
+            optimizer.step(layer, {"W": old})
+        layer.W = new = backend.asarray(np.ones(shape), "float32")
+        before = host(backend, {name: m for own in optimizer.moments().values() for name, m in own.items()})
+        with pytest.raises(ValueError, match="W"):
+            optimizer.step(layer, {"W": old})
+        assert layer.W is new
+        assert (backend.to_numpy(new) == 1).all()
+        assert optimizer.steps == steps_before
+        assert equal(before, host(backend, {name: m for own in optimizer.moments().values() for name, m in own.items()}))
+
+
+@pytest.mark.parametrize("which", [("0.W", "M"), ("0.W", "V"), ("3.b", "M"), ("3.b", "V")], ids=".".join)
+def test_a_single_moment_that_was_replaced_is_what_the_next_step_starts_from(backend, which):
+    """Replaced on one optimizer, and put into the state of another: the two go on to the same bits."""
+    name, m = which
+    twins = [(model_of(backend), Adam(0.01)) for _ in range(2)]
+    for model, optimizer in twins:
+        optimizer.step(model, gradients_of(backend, model))
+    (model, optimizer), (other, other_optimizer) = twins
+    value = np.full(tuple(optimizer.moments()[name][m].shape), 0.25)
+    optimizer.moments()[name][m] = backend.asarray(value, "float32")
+    state = other_optimizer.state_dict()
+    state["moments"][name][m] = backend.asarray(value, "float32")
+    other_optimizer.load_state_dict(state)
+    for seed in (1, 2):
+        optimizer.step(model, gradients_of(backend, model, seed))
+        other_optimizer.step(other, gradients_of(backend, other, seed))
+    assert equal(host(backend, model.parameters()), host(backend, other.parameters()))
+    for parameter, own in optimizer.moments().items():
+        assert equal(host(backend, own), host(backend, other_optimizer.moments()[parameter])), parameter
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_parameter_that_comes_or_goes_is_told_apart_from_a_mistake(backend, rule):
     layer = Linear(3, 2, bias=False, dtype="float32", device=backend.device, seed=0)

@@ -8,7 +8,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anyarray_linear import GELU, LayerNorm, Linear, ReLU, Sigmoid, SiLU, Tanh
+from anyarray_linear import (
+    GELU,
+    BinaryCrossEntropy,
+    LayerNorm,
+    Linear,
+    MeanSquaredError,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    SoftmaxCrossEntropy,
+    Tanh,
+)
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("expecttest")
@@ -107,3 +118,62 @@ def test_layer_normalization(samples):
         for x, grad in zip(found, expected, strict=True):
             agree(x, grad, f"a gradient for {tuple(sample.input.shape)}")
     assert count >= 2
+
+
+def numbers(x):
+    return None if x is None else x.detach().reshape(-1).tolist()
+
+
+def cross_entropy(weight=None, ignore_index=None, label_smoothing=0.0):
+    return SoftmaxCrossEntropy(numbers(weight), label_smoothing, ignore_index)
+
+
+def binary_cross_entropy(pos_weight=None):
+    return BinaryCrossEntropy(numbers(pos_weight))
+
+
+LOSSES = {  # how ours is made, how many of the samples it expresses at least, and which argument of PyTorch's has no counterpart
+    "nn.functional.cross_entropy": (cross_entropy, 15, None),
+    "nn.functional.binary_cross_entropy_with_logits": (binary_cross_entropy, 9, "weight"),  # theirs is one per element
+    "nn.functional.mse_loss": (MeanSquaredError, 5, None),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(samples, name):
+    made, least, unknown = LOSSES[name]
+    count = 0
+    for sample in samples(name):
+        options = dict(sample.kwargs)
+        for weight in {"weight", "pos_weight"} & options.keys():  # the sampled ones may be negative, which ours refuses
+            options[weight] = options[weight].detach().abs()
+        theirs_options = dict(options)
+        reduction = options.pop("reduction", "mean")
+        if unknown in options or reduction == "none":
+            continue
+        count += 1
+        loss = made(**options)
+        (target,) = sample.args
+        Z, theirs_target = host(sample.input), host(target)
+        if made is cross_entropy and Z.ndim > 1:  # their classes are the second axis, ours the last one
+            Z = np.moveaxis(Z, 1, -1)
+            theirs_target = np.moveaxis(theirs_target, 1, -1) if theirs_target.ndim == Z.ndim else theirs_target
+        value, cache = loss.forward(Z, theirs_target)
+        dZ = loss.backward(cache)
+        if reduction == "sum":
+            divisor = loss.divisor(Z, theirs_target)
+            value, dZ = value * divisor, dZ * divisor
+        theirs = getattr(torch.nn.functional, name.rpartition(".")[2])(sample.input, target, **theirs_options)
+        (expected,) = torch.autograd.grad(theirs, sample.input)
+        what = f"{name}{tuple(sample.input.shape)} {sample.kwargs}"
+        agree(np.asarray(value), theirs, what)
+        agree(np.moveaxis(dZ, -1, 1) if made is cross_entropy and Z.ndim > 1 else dZ, expected, f"the gradient of {what}")
+    assert count >= least
+
+
+@pytest.mark.parametrize("loss", [SoftmaxCrossEntropy, BinaryCrossEntropy, MeanSquaredError])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_other_reductions_are_refused_in_words(loss, reduction):
+    with pytest.raises(ValueError, match=rf"reduction is '{reduction}', but losses here are means.* loss\.divisor\(Z, target\)"):
+        loss(reduction=reduction)
+    assert repr(loss(reduction="mean")) == repr(loss())

@@ -102,7 +102,7 @@ def scatter(title: str, points: Sequence[Point], x_label: str, y_label: str, *, 
 
     def draw(axes: Any) -> None:
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, ".", color=COLOURS[0], markersize=5, markeredgewidth=0, alpha=0.55)
+        axes.plot(x, y, ".", color=COLOURS[0], markersize=8, markeredgewidth=0, alpha=0.55)
         if line == "zero":
             axes.axhline(0, color=COLOURS[1], linewidth=1.5)
         else:

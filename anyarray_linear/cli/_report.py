@@ -76,15 +76,17 @@ def _result(
     tiles = [(f"{part} {LABELS[name]}" if i == 0 else LABELS[name], shown(name, score[name]))
              for i, name in enumerate(name for name in _TILES if name in score)]  # fmt: skip
     of = summary.get("model_epoch", len(rows))
-    tiles.append(("the model is of epoch", f"{of} of {len(rows)}"))
-    head = ["", *(f"{name}, {len(run.parts[name][1]):,} samples" for name in scores)]
+    early = ", stopped early" if "stopped_early" in summary else ""
+    tiles.append(("the model is of epoch", f"{of} of {len(rows)}{early}"))
     cells = [[LABELS[name], *(shown(name, each[name]) for each in scores.values())] for name in LABELS if name in score]
+    cells.append(["samples", *(f"{len(run.parts[name][1]):,}" for name in scores)])
     stopped = '<p class="bad">Training was interrupted; this is what was trained so far.</p>'
     commands = escape(_commands(folder, config, summary))
     on = f'<p>To answer for new samples, and to train on:</p><pre tabindex="0">{commands}</pre>'
-    told = f"<p>{escape(run.reading.target)}: {escape(run.reading.told)}.</p>" if config["options"]["data"] else ""
+    sentence = f"{run.reading.target}: {run.reading.told}."
+    told = f"<p>{escape(sentence[0].upper() + sentence[1:])}</p>" if config["options"]["data"] else ""
     interrupted = stopped if summary.get("interrupted") else ""
-    return f"{interrupted}{facts(tiles, 'tiles')}{told}{table(head, cells, 'Scores')}{on}"
+    return f"{interrupted}{facts(tiles, 'tiles')}{told}{table(['', *scores], cells, 'Scores')}{on}"
 
 
 def _commands(folder: Path, config: dict[str, Any], summary: dict[str, Any]) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..arrays import cards, doctor
+from ..arrays import cards, doctor, remedies
 from ..arrays.device import Device
 from ..arrays.selection import DeviceUnavailableError, select_device
+from ..testing import check_step
 from ._streams import Terminal
 
 
@@ -28,7 +30,7 @@ def devices(
     """List the devices that work here, and say which one is chosen and why.
 
     A CUDA device is listed once a kernel and a matrix product have run on it. With --doctor, each step is shown with its
-    time, and for the first failure what to do about it.
+    time, a training step among them, and for the first failure what to do about it.
 
     **Examples**
 
@@ -37,6 +39,10 @@ def devices(
     - `anyarray-linear devices --device cuda:1 --json`
     """
     report = _report(device)
+    if doctor_:
+        for name, steps in report["examinations"].items():
+            if steps[-1]["ok"]:
+                steps.append(_training_step(name))
     if json_:
         typer.echo(json.dumps(report, indent=2))
     else:
@@ -73,6 +79,20 @@ def _report(spec: str) -> dict[str, Any]:
         "error": error,
         "warnings": [caution for index in working for caution in cards.cautions(index)],
     }
+
+
+def _training_step(name: str) -> dict[str, Any]:
+    """What the doctor's steps lead up to: a training step there, captured as a CUDA graph if it can be."""
+    began = time.perf_counter()
+    try:
+        taken = check_step(name)
+        found, cure = f"right, {taken.how}", ""
+        if taken.complaint:
+            found, cure = taken.complaint, "See what verify says, and compute elsewhere (ANYARRAY_DEVICE=cpu)."
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding here
+        found, cure = remedies.explain(error)
+    seconds = time.perf_counter() - began
+    return {"step": "training step", "ok": not cure, "seconds": seconds, "found": found, "cure": cure or None}
 
 
 def _row(device: Device) -> dict[str, Any]:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata, util
+from itertools import groupby
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich import box
 from rich.table import Table
 
 from ..arrays import cards, doctor
 from ..arrays.device import Device
 from ..arrays.selection import select_device
 from ..linear import Linear
-from ..testing import adjoint_check, compare, gradcheck, usable_devices
+from ..testing import adjoint_check, check_step, compare, gradcheck, usable_devices
 from ._streams import Terminal
 
 SHAPES: tuple[tuple[tuple[int, ...], int], ...] = (((32, 512), 64), ((4, 25, 100), 10))
@@ -39,8 +40,9 @@ def verify(
 
     Forward and every gradient are compared, element by element, with a float64 reference of the same rounded inputs: Z, dX,
     dW and db show the worst error as a share of the sharp bound for random data. gradcheck is the relative error against
-    finite differences in float64, adjoint the difference of <dZ, J V> and <J^T dZ, V> as a share of its bound. Exit code
-    1 when anything is over its bound.
+    finite differences in float64, adjoint the difference of <dZ, J V> and <J^T dZ, V> as a share of its bound. step is a
+    whole training step, captured as a CUDA graph or compiled where it can be, as a share of the hard limit. Exit code 1
+    when anything is over its bound.
 
     **Examples**
 
@@ -155,31 +157,45 @@ def _checked(place: Device, dtype: str, shape: tuple[int, ...], out_features: in
     shares = attempt("adjoint", lambda: adjoint_check(layer, place.asarray(X, dtype), sharp=True))
     row["gradcheck"] = max(errors.values()) if errors else None
     row["adjoint"] = max(shares.values()) if shares else None
+    sizes = {"rows": math.prod(shape[:-1]), "in_features": shape[-1], "out_features": out_features}
+    if (taken := attempt("training step", lambda: check_step(place, dtype, **sizes))) is not None:
+        complaints += [f"{row['backend']}: {taken.complaint}"] if taken.complaint else []
+        row |= {"step": taken.share, "step_by": taken.how}
     row["ok"] = not complaints
     return row, complaints
 
 
+def _named(row: dict[str, Any]) -> str:
+    """Which backend, on what, a row is about."""
+    return f"{row['backend']} on {row['device']}" + (f" {row['name']}" if row["name"] != row["device"] else "")
+
+
 def _print(report: dict[str, Any]) -> None:
-    console = Terminal(width=max(Terminal().width, 132), highlight=False)
-    table = Table("backend", "device", "dtype", "X -> Z", *OUTPUTS, "gradcheck", "adjoint", "verdict", box=box.SIMPLE_HEAD)
-    table.columns[1].overflow, table.columns[3].no_wrap = "fold", True
-    above = None
-    for row in report["rows"]:
-        *batch, in_features, out_features = row["shape"]
-        named = [row["backend"], row["device"] + (f" {row['name']}" if row["name"] != row["device"] else "")]
-        shares = [f"{row[output]:.1%}" if output in row else "-" for output in OUTPUTS]
-        table.add_row(
-            *(named if named != above else ("", "")), row["dtype"],
-            f"{'x'.join(map(str, (*batch, in_features)))} -> {out_features}", *shares,
-            "-" if row["gradcheck"] is None else f"{row['gradcheck']:.0e}",
-            "-" if row["adjoint"] is None else f"{row['adjoint']:.1%}",
-            "[green]ok[/]" if row["ok"] else "[red]WRONG[/]",
-        )  # fmt: skip
-        above = named
-    console.print(table)
+    console = Terminal(highlight=False)
+    for i, (name, rows) in enumerate(groupby(report["rows"], key=_named)):  # so that the rows fit a window of 80 columns
+        console.print(f"\n{name}", style="bold", markup=False, soft_wrap=True)
+        table = Table(box=None, show_header=i == 0, padding=(0, 1, 0, 0))
+        widths = {"dtype": 7, "X -> Z": 14, **dict.fromkeys(OUTPUTS, 5), "gradcheck": 9, "adjoint": 7, "step": 5}
+        for head, width in widths.items():
+            table.add_column(head, min_width=width, no_wrap=True)
+        table.add_column("verdict", no_wrap=True)
+        for row in rows:
+            *batch, in_features, out_features = row["shape"]
+            table.add_row(
+                row["dtype"], f"{'x'.join(map(str, (*batch, in_features)))} -> {out_features}",
+                *(f"{row[output]:.1%}" if output in row else "-" for output in OUTPUTS),
+                "-" if row["gradcheck"] is None else f"{row['gradcheck']:.0e}",
+                "-" if row["adjoint"] is None else f"{row['adjoint']:.1%}",
+                f"{row['step']:.1%}" if "step" in row else "-",
+                "[green]ok[/]" if row["ok"] else "[red]WRONG[/]",
+            )  # fmt: skip
+        console.print(table)
+    console.print()
     console.print("versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     for name, facts in report["cuda"].items():
         console.print(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items()))
+    ways = dict.fromkeys(f"{row['backend']}: {row['step_by']}" for row in report["rows"] if "step_by" in row)
+    console.print(f"training steps: {'; '.join(ways)}", markup=False, soft_wrap=True)
     for name, why in report["not_here"].items():
         console.print(f"not verified: {name}: {why}", markup=False, soft_wrap=True)
     for complaint in report["complaints"]:

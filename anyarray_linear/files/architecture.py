@@ -35,7 +35,8 @@ def architecture_of(model: Any) -> dict[str, Any]:
             return {"type": kind, **sizes, "bias": layer.b is not None}
         config = as_json(f"the config() of {kind}", layer.config()) if callable(getattr(layer, "config", None)) else None
         if _OURS.get(kind) is type(layer):
-            return {"type": kind, **(vars(layer) if config is None else config)}
+            options = {name: value for name, value in vars(layer).items() if name != "trainable"}
+            return {"type": kind, **(options if config is None else config)}
         return {"type": kind, "custom": True} if config is None else {"type": kind, "custom": True, "config": config}
 
     return described(model, "")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arrays.place import Array
-from ..protocol import join, leaves
+from ..protocol import join, leaves, trained
 from .architecture import architecture_of, first_difference, warn_of_what_is_not_kept
 from .atomic import atomic_write
 from .journal import NAME as JOURNAL
@@ -185,8 +185,9 @@ def _resume(
         like = parameters[name]
         check_tensor(path, f"the optimizer's {m} of {name}", x, like, tuple(like.shape))
         moments.setdefault(name, {})[m] = placed(x, like)
-    if moments and set(moments) != set(parameters):
-        lacking = ", ".join(sorted(set(parameters) - set(moments)))
+    needed = {join(name, p) for name, layer in trained(model) for p in layer.parameters()}  # of frozen layers it has none
+    if moments and not needed <= set(moments):
+        lacking = ", ".join(sorted(needed - set(moments)))
         raise CheckpointError(f"{path} has nothing of the optimizer's for {lacking}")
     rule = {**info["optimizer"], "moments": moments}
     try:

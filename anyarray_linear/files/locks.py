@@ -16,7 +16,10 @@ from .offered import if_offered
 if sys.platform == "win32":
     import msvcrt
 else:
-    import fcntl
+    try:
+        import fcntl
+    except ImportError:  # a system that is neither
+        fcntl = None  # type: ignore[assignment]
 
 _UNLOCKED = "this file system has no locks, so see to it that no other process writes into this folder"
 _held: dict[str, int] = {}  # the thread that holds a folder
@@ -158,6 +161,8 @@ def _lock(descriptor: int) -> None:
     if sys.platform == "win32":
         os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # Windows lets nobody read a locked byte, and the first ones tell who
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    elif fcntl is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     else:
         # not lockf: closing any other descriptor of the file, as whoever copies the folder does, would end its lock
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

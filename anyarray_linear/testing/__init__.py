@@ -40,11 +40,14 @@ db (1, 10) True
 from .bounds import gamma, linear_error_bounds, linear_reference, unit_roundoff
 from .equivalence import Agreement, assert_equivalent, compare, usable_devices
 from .gradients import adjoint_check, gradcheck
+from .steps import StepAgreement, check_step
 
 __all__ = [
     "Agreement",
+    "StepAgreement",
     "adjoint_check",
     "assert_equivalent",
+    "check_step",
     "compare",
     "gamma",
     "gradcheck",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..arrays.checks import check_array
 from ..arrays.device import Device
 from ..arrays.place import Array, computing_on, dtype_name, namespace
 from ..protocol import parameters
+from .batches import Batches
 from .data import Data, is_float
 
 _CHUNK = 1 << 22  # elements read at once when values are checked, so that a memory-mapped file needs little memory
@@ -81,11 +83,64 @@ def _check_finite(name: str, x: Array, dtype: Any) -> None:
 
 def check_data(model: Any, loss: Any, data: Data, names: tuple[str, str]) -> None:
     """Everything that can be known before training: shapes by running one row, and values by reading them once."""
+    if data.takes_ids and is_float(data.X):
+        raise TypeError(f"{names[0]} is {dtype_name(data.X.dtype)}, but the model's first layer takes ids; give integers")
     for name, x in zip(names, (data.X, data.y), strict=True):
         _check_finite(name, x, data.dtype)
-    X, y = next(data.batches(np.arange(1), 1))
-    with np.errstate(all="ignore"), data.device:
-        Z = model(X)
-        loss.forward(Z, y)
-    if hasattr(loss, "check_ids") and not is_float(data.y) and data.y.ndim == Z.ndim - 1:
-        loss.check_ids(data.y, Z.shape[-1])
+    if data.weights is not None:
+        _check_weights(loss, data)
+    _try_out(model, loss, data.device, next(data.batches(np.arange(1), 1)), (data.X, data.y), names)
+
+
+def check_batches(model: Any, loss: Any, batches: Batches) -> None:
+    """What can be known before training of batches that the caller makes: of the first one."""
+    first = next(batches.batches(), None)
+    if first is None:
+        raise ValueError(f"{batches.name} gave no batch")
+    X, y, weights = first
+    names = f"the X of batch 0 of {batches.name}", f"the y of batch 0 of {batches.name}"
+    for name, x in zip(names, (X, y), strict=True):
+        _check_finite(name, x, batches.dtype)
+    _try_out(model, loss, batches.device, (X[:1, ...], y[:1, ...], None if weights is None else weights[:1]), (X, y), names)
+
+
+def _check_weights(loss: Any, data: Data) -> None:
+    assert data.weights is not None
+    if tuple(data.weights.shape) != (data.X.shape[0],):
+        shape, rows = tuple(data.weights.shape), data.X.shape[0]
+        raise ValueError(f"sample_weight has shape {shape} but must have ({rows},), one for each row of X")
+    _check_finite("sample_weight", data.weights, data.dtype)
+    with computing_on(data.weights) as xp:
+        low, top = (float(Device.of(data.weights).to_numpy(x)) for x in (xp.min(data.weights), xp.max(data.weights)))
+    if low < 0 or not top:
+        raise ValueError(f"sample_weight has values from {low:g} to {top:g}; none may be negative, and not all may be 0")
+
+
+def _try_out(model: Any, loss: Any, device: Device, batch: Any, whole: tuple[Array, Array], names: tuple[str, str]) -> None:
+    """Run one row through model and loss, and let the loss look at all targets; errors speak of what the caller gave."""
+    X, y, weights = batch
+    try:
+        with np.errstate(all="ignore"), device:
+            Z = model(X)
+            if weights is None:
+                loss.forward(Z, y)
+            else:
+                loss.forward(Z, y, weights * 0 + 1)  # this one row's may be 0
+        if hasattr(loss, "check"):
+            loss.check(whole[1], Z)
+        elif hasattr(loss, "check_ids") and not is_float(y) and y.ndim == Z.ndim - 1:
+            loss.check_ids(whole[1], Z.shape[-1])
+    except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError):
+            raise
+        text = str(error)
+        if weights is not None and "positional argument" in text:
+            text = f"sample_weight is given, but {loss!r:.60} takes none; give it forward(self, Z, target, weights=None)"
+        for one, all_of_it in zip((X, y), whole, strict=True):
+            text = text.replace(str(tuple(one.shape)), str(tuple(all_of_it.shape)))
+        text = re.sub(r"\(1,", "(N,", text)  # the outputs of the one row
+        if not hasattr(error, "layer"):  # of another layer than the first, X is not the caller's
+            text = re.sub(r"\bX\b", names[0], text)
+        if "weights" not in text:
+            text = re.sub(r"\btarget\b", names[1], re.sub(r"\bZ\b", "the model's output", text))
+        raise type(error)(text) from error

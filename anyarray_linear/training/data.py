@@ -12,55 +12,82 @@ import numpy as np
 from ..arrays.device import Device
 from ..arrays.fingerprint import fingerprint
 from ..arrays.memory import explained_memory
-from ..arrays.place import Array, computing_on, dtype_name, namespace
+from ..arrays.place import Array, computing_on, dtype_name, namespace, place_of
 from ..distributed.group import Group
-from ..protocol import parameters
+from ..protocol import leaves, parameters
+from .moving import moved, moved_once
 
 _ORDERS = int.from_bytes(b"fit")  # the child of the seed whose children give the orders; a layer of that seed has others
 
 
 @dataclass
 class Data:
-    """`X` and `y` wherever they are, or the given `rows` of them, and where batches should go."""
+    """`X` and `y` wherever they are, or the given `rows` of them, and where batches should go.
+
+    weights: one per row, or none. takes_ids: whether the model takes integers: an `X` of them is not cast.
+    """
 
     X: Array
     y: Array
     device: Device
     dtype: Any
     rows: np.ndarray[Any, Any] | None = None
+    weights: Array | None = None
+    takes_ids: bool = False
 
     def __post_init__(self) -> None:
-        self.X, self.y = _signed(self.X, self.dtype), _signed(self.y, "int64")
+        self.X, self.y = _fit_for_batches(self.X, self.dtype), _fit_for_batches(self.y, "int64")
 
     def __len__(self) -> int:
         return int(self.X.shape[0]) if self.rows is None else len(self.rows)
 
     def batches(
         self, order: np.ndarray[Any, Any] | None, batch_size: int, start: int = 0, group: Group | None = None
-    ) -> Iterator[tuple[Array, Array]]:
-        """Batches from row `start` on, in `order` (host indices) or as the rows come; the last may be smaller.
+    ) -> Iterator[tuple[Array, Array, Array | None]]:
+        """Batches `(X, y, weights)` from row `start` on, in `order` (host indices) or as rows come; the last may be smaller.
 
         group: if given, this rank's share of each batch, which may be empty.
         """
         order = self.rows if order is None else order
-        takes = [row_taker(x, order) for x in (self.X, self.y)]
+        takes = [row_taker(x, order) for x in self.arrays]
         count = len(self) if order is None else len(order)
-        y_dtype = self.dtype if is_float(self.y) else None
-        for i in range(start, count, batch_size):
+
+        def batch(i: int) -> tuple[Array, ...]:
             rows = i, min(i + batch_size, count)
-            X, y = (take(*(rows if group is None else group.share(*rows))) for take in takes)
-            yield self.device.asarray(X, dtype=self.dtype), self.device.asarray(y, dtype=y_dtype)
+            return tuple(take(*(rows if group is None else group.share(*rows))) for take in takes)
+
+        for X, y, *weights in moved(map(batch, range(start, count, batch_size)), self.device, self.dtypes):
+            yield X, y, weights[0] if weights else None
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """`X`, `y`, and the weights if there are any."""
+        return (self.X, self.y) if self.weights is None else (self.X, self.y, self.weights)
+
+    @property
+    def dtypes(self) -> tuple[Any, ...]:
+        """What each of them is cast to; `None` for ids, which stay what they are."""
+        X = None if self.takes_ids and place_of(self.X).integral else self.dtype
+        y = self.dtype if is_float(self.y) else None
+        return (X, y) if self.weights is None else (X, y, self.dtype)
+
+    def move(self) -> None:
+        """Have the data where the model is from now on, if they are on the host and fit on the model's card."""
+        self.X, self.y, *weights = moved_once(self.arrays, self.device, self.dtypes)
+        self.weights = weights[0] if weights else None
 
     @property
     def is_in_place(self) -> bool:
         """Whether `X` and `y` are where the model is, and in its dtype, so that batches need not be moved or cast."""
-        there = Device.of(self.X) == Device.of(self.y) == self.device
-        return there and self.X.dtype == self.dtype and (not is_float(self.y) or self.y.dtype == self.dtype)
+        there = all(Device.of(x) == self.device for x in self.arrays)
+        return there and all(dtype is None or x.dtype == dtype for x, dtype in zip(self.arrays, self.dtypes, strict=True))
 
     def fingerprints(self, numbers: int | None = None) -> dict[str, str]:
         """Of `X` and of `y` as training sees them; see `arrays.fingerprint` for `numbers`."""
         floating = dtype_name(self.dtype)
-        dtypes = {"X": floating, "y": floating if is_float(self.y) else "int64"}
+        dtypes = {"X": floating if self.dtypes[0] is not None else "int64", "y": floating if is_float(self.y) else "int64"}
+        if self.weights is not None:
+            dtypes["weights"] = floating
         return {name: fingerprint(getattr(self, name), dtypes[name], self.rows, numbers=numbers)[:16] for name in dtypes}
 
 
@@ -68,11 +95,13 @@ def is_float(x: Array) -> bool:
     return bool(namespace(x).isdtype(x.dtype, "real floating"))
 
 
-def _signed(x: Array, dtype: Any) -> Array:
-    """`x`, but a torch tensor of wide unsigned integers in `dtype`: torch can neither take rows of it nor compare it."""
-    if dtype_name(x.dtype) in ("uint16", "uint32", "uint64") and Device.of(x).kind == "torch":
-        return Device.of(x).asarray(x, dtype=dtype)
-    return x
+def _fit_for_batches(x: Array, dtype: Any) -> Array:
+    """`x`; a torch tensor without its graph, and one of wide unsigned integers, which torch neither takes rows of nor
+    compares, in `dtype`."""
+    there = Device.of(x)
+    if there.kind != "torch":
+        return x
+    return there.asarray(x, dtype=dtype if dtype_name(x.dtype) in ("uint16", "uint32", "uint64") else None)
 
 
 def row_taker(x: Array, order: np.ndarray[Any, Any] | None) -> Callable[[int, int], Array]:
@@ -88,6 +117,12 @@ def row_taker(x: Array, order: np.ndarray[Any, Any] | None) -> Callable[[int, in
             return xp.take(x, index[start:stop], axis=0)
 
     return take
+
+
+def takes_ids(model: Any) -> bool:
+    """Whether the first layer of `model` takes integers."""
+    first = next((layer for _, layer in leaves(model)), model)
+    return getattr(first, "takes", None) == "ids"
 
 
 def model_place(model: Any, X: Array) -> tuple[Device, Any]:

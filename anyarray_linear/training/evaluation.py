@@ -12,28 +12,31 @@ from ..arrays.device import Device
 from ..arrays.numbers import whole
 from ..arrays.place import Array, computing_on, dtype_name, place_of
 from ..metrics import class_scores, of_classes
+from .batches import Batches
 from .checking import check_loss, check_model, check_rows
-from .data import Data, is_float, memory_advice, model_place, row_taker
+from .data import Data, is_float, memory_advice, model_place, row_taker, takes_ids
 
 
-def scores_of(model: Any, data: Data, loss: Any, batch_size: int) -> dict[str, float]:
+def scores_of(model: Any, data: Data | Batches, loss: Any, batch_size: int) -> dict[str, float]:
     """The mean loss, and the loss's own metrics; of a loss without any, for class ids, those of classes."""
     values, found, rows = [], [], []
-    for X, y in data.batches(None, batch_size):
+    for X, y, weights in data.batches() if isinstance(data, Batches) else data.batches(None, batch_size):
         with data.device:
             Z = model(X)
-            value, _ = loss.forward(Z, y)
+            value, _ = loss.forward(Z, y) if weights is None else loss.forward(Z, y, weights)
             found.append(dict(_metrics(loss, Z, y)))
         rows.append(X.shape[0])
         with computing_on(Z) as xp:
             values.append(xp.astype(value, xp.float32) if dtype_name(value.dtype) == "float16" else value)
-    counts = np.asarray(rows)
+    if not rows:
+        raise ValueError("there are no batches to validate with; give an object whose iter() starts a new pass")
+    counts, total = np.asarray(rows), sum(rows)
     losses, parts = _read(data.device, values), {name: _read(data.device, [f[name] for f in found]) for name in found[0]}
-    scores = {"loss": math.fsum(losses * counts) / len(data)}
+    scores = {"loss": math.fsum(losses * counts) / total}
     if hasattr(loss, "scores"):
         return {**scores, **loss.scores(parts, counts)}
     if hasattr(loss, "metrics"):
-        return {**scores, **{name: float(part.sum()) / len(data) for name, part in parts.items()}}
+        return {**scores, **{name: float(part.sum()) / total for name, part in parts.items()}}
     return {**scores, **(class_scores(parts) if parts else {})}
 
 
@@ -70,7 +73,7 @@ def evaluate(model: Any, X: Array, y: Array, *, loss: Any, batch_size: int = 102
     check_model(model)
     check_loss(loss)
     check_rows(X, y)
-    data = Data(X, y, *model_place(model, X))
+    data = Data(X, y, *model_place(model, X), takes_ids=takes_ids(model))
     batch_size = whole("batch_size", batch_size)
     with memory_advice(data.device, batch_size):
         return scores_of(model, data, loss, batch_size)
@@ -89,7 +92,7 @@ def predict(model: Any, X: Array, *, batch_size: int = 1024) -> Array:
     """
     check_model(model)
     check_rows(X, None)
-    data = Data(X, X, *model_place(model, X))
+    data = Data(X, X, *model_place(model, X), takes_ids=takes_ids(model))
     batch_size = whole("batch_size", batch_size)
     with memory_advice(data.device, batch_size):
         return _predict(model, data, batch_size)
@@ -98,7 +101,7 @@ def predict(model: Any, X: Array, *, batch_size: int = 1024) -> Array:
 def _predict(model: Any, data: Data, batch_size: int) -> Array:
     home, take, parts = Device.of(data.X), row_taker(data.X, None), []
     for i in range(0, len(data), batch_size):
-        X = data.device.asarray(take(i, min(i + batch_size, len(data))), dtype=data.dtype)
+        X = data.device.asarray(take(i, min(i + batch_size, len(data))), dtype=data.dtypes[0])
         with data.device:
             parts.append(home.asarray(model(X)))
     with computing_on(parts[0]) as xp:

@@ -5,6 +5,7 @@ It is nice to have, so nothing of it ends a training: what cannot be shown is no
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ def _line(row: dict[str, Any]) -> str:
 class Progress:
     """A context: `step` after each step, `epoch` after each epoch. Writes to standard error, and nothing if not `shown`."""
 
-    def __init__(self, epochs: int, steps_per_epoch: int, shown: bool, file: TextIO | None = None) -> None:
+    def __init__(self, epochs: int, steps_per_epoch: int | None, shown: bool, file: TextIO | None = None) -> None:
         self.epochs, self.steps_per_epoch, self.shown = epochs, steps_per_epoch, shown
         self.file = sys.stderr if file is None else file
         self._bar: Any = None
@@ -76,7 +77,7 @@ class Progress:
         """Move the bar, at most ten times a second."""
         if self._bar is not None and (now := time.monotonic()) > self._drawn + 0.1:
             self._drawn = now
-            completed = epoch + step / self.steps_per_epoch
+            completed = epoch + step / (self.steps_per_epoch or math.inf)
             self._try(lambda: self._bar.update(self._task, completed=completed, refresh=True))
 
     def epoch(self, row: dict[str, Any]) -> None:

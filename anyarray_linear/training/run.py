@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 
 from ..arrays.place import Array, computing_on, dtype_name
-from ..distributed.agreement import adopt, digest, settings, snapshot
+from ..distributed.agreement import adopt, adopt_states, digest, sendable, sendable_states, settings
 from ..distributed.group import Group
+from ..dropout import Dropout
 from ..guard import Guard
-from ..protocol import parameters
+from ..protocol import leaves, parameters, states
 from ..step import TrainingStep, loss_and_gradients
+from .batches import Batches
 from .data import Data, epoch_order
 from .evaluation import scores_of
 from .history import History, NonFiniteError, Row
+from .parts import divided, in_parts
 
 _VALIDATED = 1 << 20  # numbers in the inputs and outputs of all layers, in validation; a few MB
 
@@ -31,22 +34,26 @@ class Run:
     def __init__(
         self,
         model: Any,
-        data: Data,
+        data: Data | Batches,
         rows: np.ndarray[Any, Any] | None,
-        held: Data | None,
+        held: Data | Batches | None,
         loss: Any,
         optimizer: Any,
         batch_size: int,
         seed: Any,
         skip_nonfinite: int,
-        accumulate: int,
+        microbatches: int,
         group: Group,
     ) -> None:
         self.model, self.data, self.rows, self.held = model, data, rows, held
         self.loss, self.optimizer, self.batch_size, self.seed = loss, optimizer, batch_size, seed
-        self.accumulate, self.group = accumulate, group
-        self.count = len(data) if rows is None else len(rows)
-        self.steps_per_epoch = -(-self.count // batch_size)
+        self.microbatches, self.group = microbatches, group
+        self.count: int | None  # what `position` counts in an epoch: rows, or batches that the caller makes
+        if isinstance(data, Batches):
+            self.count = self.steps_per_epoch = data.length
+        else:
+            self.count = len(data) if rows is None else len(rows)
+            self.steps_per_epoch = -(-self.count // batch_size)
         self.guard = Guard(data.device, data.dtype, skip_nonfinite)
         self.given = shown(optimizer)  # a callback may change it
         self.history = History()
@@ -54,7 +61,7 @@ class Run:
         self.stopped = False
         self.closing = False  # an epoch: its books are not in order
         # groups and parts have gradients of their own; a plain step is one that lanes know
-        self.is_plain = group.size == 1 and accumulate == 1
+        self.is_plain = group.size == 1 and microbatches == 1
         gradients = loss_and_gradients if self.is_plain else self._gradients
         self.operation = TrainingStep(model, loss, optimizer, guard=self.guard, gradients=gradients)
         self._asked = self._told = False  # whether this rank wants to stop, and whether any does
@@ -69,6 +76,7 @@ class Run:
 
     def order(self) -> np.ndarray[Any, Any]:
         """The rows of this epoch, in its order."""
+        assert self.count is not None
         order = epoch_order(self.seed, self.epoch, self.count)
         return order if self.rows is None else self.rows[order]
 
@@ -76,17 +84,19 @@ class Run:
         """Make sure that all ranks train the same, and start from the state of rank 0."""
         if self.group.size == 1:
             return
+        assert isinstance(self.data, Data)
+        assert self.steps_per_epoch is not None
         total = epochs * self.steps_per_epoch
         is_scheduled = total > 0 and callable(getattr(self.optimizer, "lr", None))
         steps = sorted({min(i, total - 1) for i in (0, 1, 10, 100, 1000)}) if is_scheduled else []
         self.group.agree(
             {
                 "rows": len(self.data),
-                "validation rows": 0 if self.held is None else len(self.held),
+                "validation rows": 0 if self.held is None else len(self.held),  # type: ignore[arg-type]
                 "X of shape": tuple(self.data.X.shape[1:]),
                 "epochs": epochs,
                 "batch_size": self.batch_size,
-                "accumulate": self.accumulate,
+                "microbatches": self.microbatches,
                 "skip_nonfinite": self.guard.allowed,
                 "loss": settings(self.loss),
                 "optimizer": repr(self.optimizer),
@@ -99,8 +109,11 @@ class Run:
             }
         )
         self.group.claim(self.data.device)
+        for _, layer in leaves(self.model):
+            if isinstance(layer, Dropout):  # ranks have other rows, so they drop other elements
+                layer.stream = self.group.rank
         first = self.group.rank == 0
-        own = (snapshot(self.model, self.optimizer), {**self.state(), "history": self.history.rows}) if first else None
+        own = (sendable(self.model, self.optimizer), {**self.state(), "history": self.history.rows}) if first else None
         sent = self.group.exchange(own)[0]
         if not first:
             adopt(self.model, self.optimizer, sent[0])
@@ -110,7 +123,7 @@ class Run:
         """Of the data as training sees it, to be compared between ranks."""
         found: dict[str, str] = {}
         for what, data in (("", self.data), ("the validation ", self.held)):
-            if data is not None and (data is self.data or data.X is not self.data.X):
+            if isinstance(data, Data) and (data is self.data or data.X is not self.data.X):  # type: ignore[union-attr]
                 found |= {f"{what}{name} with the SHA-256": sha for name, sha in data.fingerprints().items()}
         return found
 
@@ -119,67 +132,51 @@ class Run:
         if self.group.size > 1:
             state = digest(self.model, self.optimizer, self.seed.entropy, self.seed.spawn_key, self.epoch, self.step)
             self.group.check(state, f"after epoch {self.epoch}")
+            if states(self.model):  # ranks have seen other rows; rank 0's are what a checkpoint has, and all go on from
+                sent = self.group.exchange(sendable_states(self.model) if not self.group.rank else None)[0]
+                adopt_states(self.model, sent)
         self.stopped = any(self.group.exchange(stop))
 
     def steps(self, wants_stop: Callable[[], bool]) -> Iterator[None]:
         """Take the rest of this epoch's steps, one per iteration; `history.interrupted` says that any rank wants to stop."""
         began = time.perf_counter() - self.seconds
-        for take in self._batches():
-            rows = min(self.batch_size, self.count - self.position)
+        for counted, rows, take in self._batches():
             self.operation.number, self.operation.rows = self.step, rows
             self._asked = self.group.size > 1 and wants_stop()
             take()
             self.step = self.operation.number
-            self.position += rows
+            self.position += counted
             self.seconds = time.perf_counter() - began
             self.history.interrupted = self._told if self.group.size > 1 else wants_stop()
             yield
 
-    def _batches(self) -> Iterator[Callable[[], object]]:
-        """The rest of this epoch's steps, each as a function that takes it."""
+    def _batches(self) -> Iterator[tuple[int, int, Callable[[], object]]]:
+        """The rest of this epoch's steps: what each counts in `position`, its rows, and a function that takes it."""
+        if isinstance(self.data, Batches):
+            for X, y, weights in self.data.batches(self.position):
+                yield 1, X.shape[0], partial(self.operation, X, y, weights)
+            if not self.position:
+                raise ValueError(f"{self.data.name} gave no batch in epoch {self.epoch + 1}; iter() must start a new pass")
+            return
         order = self.order()
+        assert self.count is not None
         if self.is_plain and self.data.is_in_place:
             there = self.data.device.asarray(order)
             for start in range(self.position, self.count, self.batch_size):
-                stop = min(start + self.batch_size, self.count)
-                yield partial(self.operation.on_rows, self.data.X, self.data.y, there, start, stop)
+                stop, data = min(start + self.batch_size, self.count), self.data
+                take = partial(self.operation.on_rows, data.X, data.y, there, start, stop, data.weights)
+                yield stop - start, stop - start, take
         else:
-            for X, y in self.data.batches(order, self.batch_size, self.position, self.group):
-                yield partial(self.operation, X, y)
+            for X, y, weights in self.data.batches(order, self.batch_size, self.position, self.group):
+                rows = min(self.batch_size, self.count - self.position)
+                yield rows, rows, partial(self.operation, X, y, weights)
 
     def _gradients(self, model: Any, loss: Any, X: Array, y: Array, weights: Array | None) -> tuple[Array, dict[str, Array]]:
         """Loss and gradients of a batch of which `X` and `y` are this rank's share, worked through part by part."""
-        rows = self.operation.rows
-        assert rows is not None
-        size = max(1, -(-X.shape[0] // self.accumulate))
-        value, gradients = None, {}
-        for i in range(0, X.shape[0], size):
-            part = (X, y) if size == X.shape[0] else (X[i : i + size, ...], y[i : i + size, ...])
-            more, more_gradients = self._part(*part, part[0].shape[0] / rows)
-            if value is None:
-                value, gradients = more, more_gradients
-                continue
-            with computing_on(value):
-                value = value + more
-                gradients = {name: dW + more_gradients[name] for name, dW in gradients.items()}
-        if value is None:  # an empty share; the mean over no rows would be NaN
-            W = next(iter(parameters(self.model).values()))
-            with computing_on(W) as xp:
-                value = xp.zeros((), dtype=W.dtype, device=self.data.device.native)
-                gradients = {name: xp.zeros_like(W) for name, W in parameters(self.model).items()}
+        assert self.operation.rows is not None
+        value, gradients = in_parts(model, loss, X, y, weights, self.microbatches, self.operation.rows)
         value, gradients, self._told = self.group.average(value, gradients, self._asked)
-        return value, gradients
-
-    def _part(self, X: Array, y: Array, weight: float) -> tuple[Array, dict[str, Array]]:
-        """Loss and gradients of some rows, times `weight`. Gradients are linear in `dZ`, and that is small."""
-        Z, caches = self.model.forward(X)
-        value, cache = self.loss.forward(Z, y)
-        dZ = self.loss.backward(cache)
-        if weight != 1:
-            with computing_on(dZ):
-                value, dZ = value * weight, dZ * weight
-        _, gradients = self.model.gradients(dZ, caches, needs_dX=False)
-        return value, gradients
+        return divided(value, gradients)
 
     def finish_epoch(self) -> Row:
         """Read what the device summed, validate, and close the epoch's row."""
@@ -208,7 +205,8 @@ class Run:
     def scored_rows(self) -> int:
         """How many rows are validated at once: 1024, or as many as have a million numbers in all layers, or a batch."""
         outputs: int = sum(W.shape[0] for W in parameters(self.model).values() if W.ndim > 1)
-        per_row: int = math.prod(self.data.X.shape[1:]) + outputs
+        data = self.held if isinstance(self.held, Data) else self.data
+        per_row: int = (math.prod(data.X.shape[1:]) if isinstance(data, Data) else 0) + outputs
         return max(self.batch_size, min(1024, _VALIDATED // max(1, per_row)))
 
     def judge(self) -> tuple[float, int]:
@@ -236,11 +234,20 @@ class Run:
 
     def _raise(self, fatal: int) -> None:
         """Name what was wrong in step `fatal`: the weights are as they were before it, so it can be looked at again."""
+        if isinstance(self.data, Batches):  # which may give others the second time
+            raise NonFiniteError(
+                f"step {fatal} (epoch {self.epoch + 1}) gave a loss or gradients that are not finite; the weights are as "
+                "they were before that step. Lower the learning rate, clip the gradients (clip_norm=1.0), or scale the data",
+                fatal,
+                self.history,
+            )
+        assert self.count is not None
+        assert self.steps_per_epoch is not None
         batch = (fatal - 1) % self.steps_per_epoch
         start = batch * self.batch_size
-        X, y = next(self.data.batches(self.order(), self.batch_size, start, self.group))
+        X, y, weights = next(self.data.batches(self.order(), self.batch_size, start, self.group))
         self.operation.rows, self._asked = min(self.batch_size, self.count - start), False
-        value, gradients = self.operation.gradients(self.model, self.loss, X, y, None)
+        value, gradients = self.operation.gradients(self.model, self.loss, X, y, weights)
         wrong = [name for name, g in gradients.items() if not np.isfinite(self.data.device.to_numpy(g)).all()]
         raise NonFiniteError(
             f"step {fatal} (epoch {self.epoch + 1}, batch {batch + 1} of {self.steps_per_epoch}) gave a loss of "
@@ -274,14 +281,15 @@ class Run:
         """What makes it this training, as JSON: another result would come of any of it being otherwise."""
         held = self.held
         return {
-            "seed": {"entropy": _as_json(self.seed.entropy), "spawn_key": _as_json(self.seed.spawn_key)},
-            "rows": len(self.data),
+            "seed": seed_as_json(self.seed),
+            "rows": len(self.data) if isinstance(self.data, Data) else None,
             "training rows": self.count,
             "batch_size": self.batch_size,
-            "accumulate": self.accumulate,
+            "accumulate": self.microbatches,  # the word of the first files
             "loss": shown(self.loss),
-            "data": self.data.fingerprints(0),  # of some rows: at resume, the data may be on a card
-            "validation": None if held is None else held.fingerprints(0),
+            # of some rows: at resume, the data may be on a card
+            "data": self.data.fingerprints(0) if isinstance(self.data, Data) else "batches",
+            "validation": None if held is None else held.fingerprints(0) if isinstance(held, Data) else "batches",
         }
 
     def check(self, state: dict[str, Any]) -> None:
@@ -290,11 +298,14 @@ class Run:
         for name, mine in self.training.items():
             theirs = state["training"].get(name)
             if theirs != mine:
-                raise ValueError(other.format(name, theirs, mine, "data, loss, batch_size, accumulate, validation and seed"))
+                same = "data, loss, batch_size, microbatches, validation and seed"
+                raise ValueError(other.format(name, theirs, mine, same))
         given, now = state["optimizer"]
         if self.given not in (given, now):
             raise ValueError(other.format("optimizer", given, self.given, "optimizer"))
         last, rate = state["lr"]
+        if type(last) is not int or last < 0 or type(rate) is not float:  # a schedule, which is the user's, would be asked
+            raise ValueError(f"its learning rate is {rate!r:.60} in step {last!r:.60}, which no training can have")
         if callable(getattr(self.optimizer, "lr", None)):
             here = self.optimizer.learning_rate(last)
             if not math.isclose(rate, here, rel_tol=1e-9):  # machines differ in the last bits of a cosine
@@ -312,11 +323,19 @@ class Run:
         if not all(type(n) is int and n >= 0 for n in counts) or not all(type(x) is float and x == x for x in reals):
             return False
         batches = -(-position // self.batch_size)
+        if isinstance(self.data, Batches):
+            fits = self.count is None or (position <= self.count and step == epoch * self.count + position)
+        else:
+            assert self.count is not None
+            assert self.steps_per_epoch is not None
+            fits = (
+                position in (batches * self.batch_size, self.count)
+                and guard["rows"] <= position <= self.count
+                and step == epoch * self.steps_per_epoch + batches
+            )
         return (
-            0 <= state["seconds"] < math.inf
-            and position in (batches * self.batch_size, self.count)
-            and guard["rows"] <= position <= self.count
-            and step == epoch * self.steps_per_epoch + batches
+            fits
+            and 0 <= state["seconds"] < math.inf
             and type(state["stopped"]) is bool
             and [row["epoch"] for row in state["history"]] == list(range(1, len(state["history"]) + 1))
             and len(state["history"]) == epoch
@@ -333,8 +352,15 @@ class Run:
         self.guard.start_epoch(guard["total"], guard["rows"])
 
 
+def seed_as_json(seed: Any) -> dict[str, Any]:
+    """What a `SeedSequence` was made of; `TypeError` where that is no integers, as in a file that somebody has changed."""
+    return {"entropy": _as_json(seed.entropy), "spawn_key": _as_json(seed.spawn_key)}
+
+
 def _as_json(entropy: Any) -> Any:
-    """What a seed was made of, in lists of ints."""
+    """In lists of ints."""
+    if isinstance(entropy, str):
+        raise TypeError(f"{entropy!r:.60} is no integer")
     return int(entropy) if isinstance(entropy, numbers.Integral) else [_as_json(part) for part in entropy]
 
 

@@ -86,3 +86,44 @@ def test_a_cuda_device_is_verified_by_its_own_name(backend, one_shape):
     }
     assert report["rows"][0]["name"] == backend.device.name
     assert set(report["cuda"][str(backend.device)]) >= {"cupy", "driver_cuda", "runtime_cuda", "float32_products"}
+
+
+def test_the_table_fits_a_window_of_80_columns(one_shape, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run("--device", "cpu").stdout
+    (head,) = (line for line in out.splitlines() if line.startswith("dtype"))
+    assert head.split()[-1] == "verdict"
+    rows = [line for line in out.splitlines() if line.startswith("float")]
+    assert len(rows) >= 2
+    assert all("->" in row and row.rstrip().endswith("ok") for row in rows)
+    assert max(map(len, (head, *rows))) <= 80
+
+
+def test_a_wrong_training_step_is_told_and_exits_with_1(one_shape, monkeypatch):
+    from anyarray_linear import SGD
+    from anyarray_linear.testing import steps
+
+    monkeypatch.setattr(steps, "SGD", lambda lr: SGD(0.99 * lr))
+    result = run("--device", "cpu")
+    assert result.exit_code == 1
+    assert "after a training step" in result.output
+
+
+@pytest.mark.parametrize("backend", ["cupy:0"], indirect=True)
+def test_on_cupy_the_captured_step_is_verified(backend, one_shape):
+    report = json.loads(run("--device", "cuda:0", "--json").stdout)
+    assert {row["step_by"] for row in report["rows"]} == {"captured"}
+    assert all(0 < row["step"] < 1 for row in report["rows"])
+
+
+@pytest.mark.parametrize("backend", ["cupy:0"], indirect=True)
+def test_the_doctor_takes_a_captured_step(backend, monkeypatch):
+    from anyarray_linear.cli import devices
+
+    app = typer.Typer()
+    app.command()(devices.devices)
+    monkeypatch.setenv("COLUMNS", "200")
+    result = CliRunner().invoke(app, ["--doctor"])
+    assert "training step" in result.stdout
+    assert "right, captured" in result.stdout
+    assert result.exit_code == 0

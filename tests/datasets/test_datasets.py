@@ -399,9 +399,9 @@ TABLE = "a,b,label\n1,2,0\n3,4,1\n"
     [
         ("data.tsv", TABLE.replace(",", "\t").encode()),
         ("data.tsv", b"a\tb, in cm\tlabel\n1\t2\t0\n3\t4\t1\n"),
-        ("data.csv.gz", gzip.compress(TABLE.encode())),
-        ("DATA.CSV.GZ", gzip.compress(b"\xef\xbb\xbf" + TABLE.encode())),
-        ("data.tsv.gz", gzip.compress(TABLE.replace(",", "\t").encode())),
+        ("data.csv.gz", gzip.compress(TABLE.encode(), mtime=0)),
+        ("DATA.CSV.GZ", gzip.compress(b"\xef\xbb\xbf" + TABLE.encode(), mtime=0)),
+        ("data.tsv.gz", gzip.compress(TABLE.replace(",", "\t").encode(), mtime=0)),
         ("data.csv", b"# made by hand, \"today\"\n#\n" + TABLE.encode()),
         ("data.csv", TABLE.replace("\n3", "\n# in between, 1, 2, 3\n3").encode()),
         ("data.csv", b"# 'n' \n1,2,0\n3,4,1\n#end\n"),

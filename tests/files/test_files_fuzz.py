@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import random
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tampered import header_of, resealed
 
 from anyarray_linear import SGD, Adam, Linear, NonFiniteError, Sequential, SoftmaxCrossEntropy, Tanh, fit
 from anyarray_linear.files import CheckpointError, load_checkpoint, load_model, save_checkpoint, sealed
@@ -272,3 +276,64 @@ def test_damaged_configurations_are_one_line_and_exit_code_2(tmp_path, monkeypat
             assert lines[0].startswith("error: ")
         assert list(tmp_path.iterdir()) == [out]
     assert refused > 1_000
+
+
+ODD = [10**400, -(10**400), 1e308, math.inf, -math.inf, math.nan, -1, 0, 1, 2**63, 0.5, True, None, "1", "", [], [1], {}, {"a": 1}]
+
+
+def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something is in nested dicts and lists, and each of them itself."""
+    yield path
+    if isinstance(value, (dict, list)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places_in(inner, (*path, key))
+
+
+def put(value: Any, path: tuple[Any, ...], new: Any) -> None:
+    for key in path[:-1]:
+        value = value[key]
+    value[path[-1]] = new
+
+
+@pytest.mark.parametrize("rule", ["SGD", "scheduled", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("Adam", "AdamW"))])
+def test_odd_numbers_in_sealed_checkpoints_are_refused_or_trained_with(tmp_path: Path, rule: str) -> None:
+    """`lr` of 10**400, step -1 and the like gave OverflowError and ZeroDivisionError, whose tracebacks blamed the library."""
+    from anyarray_linear import AdamW
+    from anyarray_linear.schedules import cosine
+
+    make = {
+        "SGD": lambda: SGD(0.1, momentum=0.9, weight_decay=0.1, clip_norm=1.0),
+        "Adam": lambda: Adam(0.1, clip_norm=1.0),
+        "AdamW": lambda: AdamW(0.1),
+        "scheduled": lambda: Adam(cosine(0.1, 100)),
+    }[rule]
+    X, y = np.eye(4), np.arange(4)
+
+    def train(folder: Path, epochs: int) -> Any:
+        model, optimizer = Linear(4, 4, seed=0), make()
+        common: Any = {"loss": SoftmaxCrossEntropy(), "optimizer": optimizer, "batch_size": 2, "progress": False}
+        return fit(model, X, y, epochs=epochs, checkpoint=folder, resume=True, seed=None, **common)
+
+    train(tmp_path / "good", 1)
+    (path,) = (tmp_path / "good").glob("step-*")
+    data = path.read_bytes()
+    info = json.loads(header_of(data)[0]["__metadata__"]["anyarray_linear"])
+    spots = [(name, *spot) for name in ("optimizer", "metadata", "history") for spot in places_in(info[name])]
+    refused = 0
+    for i, (spot, odd) in enumerate((spot, odd) for spot in spots for odd in ODD):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        shutil.copy(tmp_path / "good" / "epochs.jsonl", folder)
+        try:
+            text = resealed(data, lambda info, spot=spot, odd=odd: put(info, spot, copy.deepcopy(odd)))
+        except ValueError:  # JSON of NaN in the place of a dict, and the like, is not even sealed
+            continue
+        (folder / path.name).write_bytes(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                train(folder, 2)
+            except (CheckpointError, NonFiniteError) as error:
+                refused += isinstance(error, CheckpointError)
+        shutil.rmtree(folder)
+    assert refused > len(spots)

@@ -427,7 +427,7 @@ def fails_at(stage, monkeypatch):
     if stage == "workspace":
         monkeypatch.setattr(recording, "workspace", broken)
     elif stage == "memory":
-        monkeypatch.setattr(recording, "workspace", lambda: cupy.empty(1 << 50, np.uint8))
+        monkeypatch.setattr(recording, "workspace", lambda _: cupy.empty(1 << 50, np.uint8))
         return "OutOfMemoryError"
     elif stage == "warm-up":
         monkeypatch.setattr(recording.Recording, "ask", broken)
@@ -616,6 +616,34 @@ def test_a_step_of_fit_is_one_launch(backend, lane):
     assert warm.pop("graph_launches") == 1
     assert warm.pop("graph_nodes") > 10
     assert warm.pop("launches") <= 3
+    assert set(warm.values()) == {0}, warm
+
+
+@counted
+@pytest.mark.parametrize("fits", [True, False])
+def test_data_of_the_host_are_moved_once_or_one_batch_ahead(backend, lane, monkeypatch, fits):
+    from cupy_backends.cpu_counters import counters
+
+    expected, _ = trained(backend)
+    monkeypatch.setattr("anyarray_linear.training.moving.FRACTION", 0.25 if fits else 1e-9)
+    seen = []
+
+    class Watch:
+        def is_set(self):
+            seen.append(counters())
+            return False
+
+    model, optimizer = a_model(backend), Adam(1e-2)
+    X, y = random(200, 20, dtype="float64"), np.random.default_rng(0).integers(0, 7, 200)
+    X[:] = backend.to_numpy(a_batch(backend, 200)[0])
+    options = {"loss": SoftmaxCrossEntropy(), "optimizer": optimizer, "epochs": 3, "batch_size": 24, "progress": False}
+    fit(model, X, y, stop=Watch(), **options)
+    assert bits(backend, model, optimizer) == expected
+    before, after = seen[10 + 3 - 1], seen[10 + 3]  # in the second epoch
+    warm = {name: after[name] - before[name] for name in after}
+    assert warm.pop("graph_launches") == 1
+    assert warm.pop("host_to_device") == (0 if fits else 2)
+    assert (warm.pop("graph_nodes"), warm.pop("launches")) > (10, 0)
     assert set(warm.values()) == {0}, warm
 
 

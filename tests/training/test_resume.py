@@ -191,6 +191,24 @@ def test_checkpoints_are_kept_by_number_and_the_best_apart(tmp_path):
     assert_same(weights(best), weights(at_best))
 
 
+def test_of_epochs_that_are_equally_good_the_first_is_the_best(tmp_path):
+    """A validation on samples of zeros, without a bias: its loss is that of zeros, whatever the weights are."""
+    def trained(epochs, **options):
+        model = Linear(3, 2, bias=False, seed=0)
+        rng = np.random.default_rng(0)
+        X, y = rng.normal(size=(20, 3)), rng.normal(size=(20, 2))
+        held = np.zeros((4, 3)), np.ones((4, 2))
+        history = fit(
+            model, X, y, loss=MeanSquaredError(), optimizer=Adam(1e-2), epochs=epochs, validation=held, progress=False, **options
+        )
+        return model, history
+
+    _, history = trained(4, checkpoint=tmp_path)
+    assert len({row["validation_loss"] for row in history.rows}) == 1
+    first, _ = trained(1)
+    assert_same(weights(load_model(tmp_path / "best.safetensors")), weights(first))
+
+
 def interrupt(model, row):
     raise KeyboardInterrupt
 
@@ -268,7 +286,7 @@ OTHERS = {
     "seed": (Adam, {"seed": 12}),
     "training rows": (Adam, {"validation": 0.3}),
     "validation": (Adam, {"X": data()[0][:40], "y": data()[1][:40], "validation": (data()[0][40:], data()[1][40:])}),
-    "accumulate": (Adam, {"accumulate": 2}),
+    "accumulate": (Adam, {"microbatches": 2}),
     "loss": (Adam, {"loss": MeanSquaredError(), "y": np.eye(3, dtype=np.float32)[data()[1]]}),
     "rows": (Adam, {"X": data()[0][:45], "y": data()[1][:45]}),
     "data": (Adam, {"X": data()[0] * 3}),
@@ -349,6 +367,7 @@ def test_a_callback_that_lowers_the_learning_rate_is_no_other_training(tmp_path)
 def test_bad_steps_count_across_a_resume(backend, tmp_path):
     class Bad(SoftmaxCrossEntropy):
         def __init__(self, steps):
+            super().__init__()
             self.steps, self.calls = steps, -1  # fit looks at one row before
 
         def forward(self, Z, target):

@@ -757,7 +757,7 @@ def test_torch_without_memory_says_what_to_change():
         predict(model, problem()[0], batch_size=8)
 
 
-@pytest.mark.parametrize("validation", [None, 0.5])
+@pytest.mark.parametrize("validation", [None, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_training_from_a_memory_mapped_file_takes_bounded_memory(validation, tmp_path):
     import tracemalloc
 

@@ -72,13 +72,15 @@ class Pool:
 
 
 class signals_elsewhere:
-    """A context in which new threads get no signals: Ctrl-C is for Python's own."""
+    """A context in which new threads get no signals, where there are any: Ctrl-C is for Python's own."""
 
     def __enter__(self) -> None:
-        self.before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        if hasattr(signal, "pthread_sigmask"):
+            self.before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 
     def __exit__(self, *exc: object) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.before)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.before)
 
 
 _pools: dict[str, Pool] = {}

@@ -22,32 +22,46 @@ BEHIND = 8
 HostBatch = tuple[np.ndarray[Any, Any], ...]
 
 
-def fed(batches: Iterable[HostBatch], dtypes: tuple[Any, ...]) -> Iterator[tuple[Array, ...]]:
-    """The batches as arrays of these dtypes on the current device, for work on the current stream."""
-    copies = cupy.cuda.Stream(non_blocking=True)
+def fed(batches: Iterable[HostBatch], dtypes: tuple[Any, ...], index: int) -> Iterator[tuple[Array, ...]]:
+    """The batches as arrays of these dtypes on device `index`, for work on its current stream."""
+    device = cupy.cuda.Device(index)
+    with device:
+        copies = cupy.cuda.Stream(non_blocking=True)
     under_way: deque[tuple[Any, list[Any]]] = deque()  # pinned memory is kept until its copy is done
     ahead: tuple[list[Array], Any] | None = None
     for batch in batches:
-        if len(under_way) >= BEHIND and not under_way[0][0].done:
-            under_way[0][0].synchronize()
-        while under_way and under_way[0][0].done:
-            under_way.popleft()
-        pinned = [cupyx.empty_pinned(x.shape, dtype) for x, dtype in zip(batch, dtypes, strict=True)]
-        for page, x in zip(pinned, batch, strict=True):
-            np.copyto(page, x, casting="unsafe")
-        there = [cupy.empty(x.shape, dtype) for x, dtype in zip(batch, dtypes, strict=True)]
-        # for whoever had this memory before
-        copies.wait_event(cupy.cuda.get_current_stream().record(cupy.cuda.Event(disable_timing=True)))
-        for page, x in zip(pinned, there, strict=True):
-            if x.nbytes:
-                x.data.copy_from_host_async(page.ctypes.data, x.nbytes, copies)
-        done = copies.record(cupy.cuda.Event(disable_timing=True))
-        under_way.append((done, pinned))
-        if ahead is not None:
-            yield _arrived(*ahead)
+        with device:
+            there, done = _sent(batch, dtypes, copies, under_way)
+            arrived = None if ahead is None else _arrived(*ahead)
         ahead = there, done
+        if arrived is not None:
+            yield arrived
     if ahead is not None:
-        yield _arrived(*ahead)
+        with device:
+            arrived = _arrived(*ahead)
+        yield arrived
+
+
+def _sent(
+    batch: HostBatch, dtypes: tuple[Any, ...], copies: Any, under_way: deque[tuple[Any, list[Any]]]
+) -> tuple[list[Array], Any]:
+    """The arrays that a batch will be in, and the event of its arrival."""
+    if len(under_way) >= BEHIND and not under_way[0][0].done:
+        under_way[0][0].synchronize()
+    while under_way and under_way[0][0].done:
+        under_way.popleft()
+    pinned = [cupyx.empty_pinned(x.shape, dtype) for x, dtype in zip(batch, dtypes, strict=True)]
+    for page, x in zip(pinned, batch, strict=True):
+        np.copyto(page, x, casting="unsafe")
+    there = [cupy.empty(x.shape, dtype) for x, dtype in zip(batch, dtypes, strict=True)]
+    # for whoever had this memory before
+    copies.wait_event(cupy.cuda.get_current_stream().record(cupy.cuda.Event(disable_timing=True)))
+    for page, x in zip(pinned, there, strict=True):
+        if x.nbytes:
+            x.data.copy_from_host_async(page.ctypes.data, x.nbytes, copies)
+    done = copies.record(cupy.cuda.Event(disable_timing=True))
+    under_way.append((done, pinned))
+    return there, done
 
 
 def _arrived(there: list[Array], done: Any) -> tuple[Array, ...]:

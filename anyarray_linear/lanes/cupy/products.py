@@ -3,8 +3,7 @@
 CuPy's `@` does more than ask for a product, forms some of them in float16, and refuses while a stream is captured. So
 products are asked for by `cublasGemmEx` itself: eagerly through CuPy's own binding, the cheapest way there; under capture by
 its address in the library that CuPy has loaded, since the binding looks for a capture. Both use a handle of this lane's own,
-per thread and device. Under capture it has a workspace of the graph's own, as large as the default one: cuBLAS must not
-allocate then.
+per thread and device. Under capture it has a workspace of the graph's own: cuBLAS must not allocate then.
 """
 
 from __future__ import annotations
@@ -90,10 +89,14 @@ def _gemm_by_address(*arguments: Any) -> None:
     _checked("cublasGemmEx", _library().cublasGemmEx(*arguments))
 
 
-def workspace() -> Array:
-    """Memory for products under capture, on the current device: as much as cuBLAS takes by itself."""
+def workspace(model: int) -> Array:
+    """Memory for products under capture, on the current device, for a model of so many bytes.
+
+    At most what cuBLAS takes by itself; for a small model, whose products have no use for so much, an eighth of its size.
+    """
     major = int(cupy.cuda.Device().compute_capability[:-1])
-    return cupy.empty((32 if major >= 9 else 4) << 20, np.uint8)
+    most = (32 if major >= 9 else 4) << 20
+    return cupy.empty(min(most, max(4 << 20, -(-model >> 23) << 20)), np.uint8)
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ class Recording:
             self.state = cupy.zeros(_STATE.size // 8, np.int64)
             self.X = cupy.empty((rows, *X.shape[1:]), X.dtype)
             self.y = cupy.empty((rows, *y.shape[1:]), y.dtype)
-            self.workspace = workspace()
+            self.workspace = workspace(flat.W.nbytes * (1 + len(flat.moments)))
         self.stage = kernel("stage", _STAGE, self.dtype.char)
         self.packed = bytearray(_STATE.size)
         self.by_value = by_value(self.packed)
@@ -147,26 +147,32 @@ class Recording:
         return value, gradients
 
     def record(self, step: TrainingStep) -> tuple[Array, dict[str, Array]]:
-        """Run the step once, which finds all memory and compiles all kernels, then record it. What it reads was put there.
+        """Run the step once, which compiles all kernels, then record it. What it reads was put there.
 
         Returns the loss and gradients that each launch leaves, until the next one.
         """
-        with self.stream, cupy.cuda.using_allocator(self.pool.malloc):
+        rehearsal = cupy.cuda.MemoryPool()  # the graph's own is new to it, so that nothing is in pieces there
+        with self.stream, cupy.cuda.using_allocator(rehearsal.malloc):
             self.ask(step)
             self.stream.synchronize()
-            collects = gc.isenabled()
-            gc.disable()  # what is collected may wait for the device as it goes, which ends a capture
-            try:
-                with capturable(self.stream, self.workspace):
-                    # relaxed, or other threads' allocations would fail, and end the capture, on some drivers
-                    self.stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
-                    try:
-                        left = self.ask(step)
-                    finally:
-                        graph = self.stream.end_capture()
-            finally:
-                if collects:
-                    gc.enable()
+        rehearsal.free_all_blocks()
+        collects = gc.isenabled()
+        gc.disable()  # what is collected may wait for the device as it goes, which ends a capture
+        try:
+            with (
+                self.stream,
+                cupy.cuda.using_allocator(self.pool.malloc),
+                capturable(self.stream, self.workspace),
+            ):
+                # relaxed: memory may be allocated, here and by other threads
+                self.stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
+                try:
+                    left = self.ask(step)
+                finally:
+                    graph = self.stream.end_capture()
+        finally:
+            if collects:
+                gc.enable()
         self.graph = graph
         return left
 

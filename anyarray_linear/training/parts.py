@@ -1,0 +1,88 @@
+"""A batch in parts, of one process or of several: the loss and gradients of the whole from those of its parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..arrays.place import Array, computing_on, device_of, place_of
+from ..protocol import join, trained
+
+Gradients = dict[str, Array]
+_DIVISOR = "(what the mean divides by)"  # travels among the gradients, as it is summed over ranks with them
+
+
+def in_parts(
+    model: Any, loss: Any, X: Array, y: Array, weights: Array | None, parts: int, rows: int
+) -> tuple[Array, Gradients]:
+    """The loss and gradients of `X` and `y`, which are a share of a batch of `rows` rows, worked through in `parts` parts.
+
+    Both are what the share adds to those of the batch. Where samples count differently, only the whole batch knows what its
+    mean divides by: then this share's part of that is among the gradients, and `divided` divides when all are summed.
+    """
+    is_weighted = weights is not None or (hasattr(loss, "divisor") and not getattr(loss, "is_plain", False))
+    size = max(1, -(-X.shape[0] // parts))
+    value, gradients = None, {}
+    for i in range(0, X.shape[0], size):
+        whole = size >= X.shape[0]
+        some = [x if whole or x is None else x[i : min(i + size, X.shape[0]), ...] for x in (X, y, weights)]
+        more, more_gradients = (_weighted if is_weighted else _plain)(model, loss, rows, *some)
+        if value is None:
+            value, gradients = more, more_gradients
+            continue
+        with computing_on(value):
+            value = value + more
+            gradients = {name: dW + more_gradients[name] for name, dW in gradients.items()}
+    return _nothing(model, is_weighted) if value is None else (value, gradients)
+
+
+def _plain(model: Any, loss: Any, rows: int, X: Array, y: Array, weights: None) -> tuple[Array, Gradients]:
+    """Gradients are linear in `dZ`, and that is small: so it is `dZ` that is scaled."""
+    Z, caches = model.forward(X)
+    value, cache = loss.forward(Z, y)
+    dZ, share = loss.backward(cache), X.shape[0] / rows
+    if share != 1:
+        with computing_on(dZ):
+            value, dZ = value * share, dZ * share
+    return value, model.gradients(dZ, caches, needs_dX=False)[1]
+
+
+def _weighted(model: Any, loss: Any, rows: int, X: Array, y: Array, weights: Array | None) -> tuple[Array, Gradients]:
+    Z, caches = model.forward(X)
+    value, cache = loss.forward(Z, y) if weights is None else loss.forward(Z, y, weights)
+    dZ, divisor = loss.backward(cache), _divisor(loss, Z, y, weights)
+    with computing_on(Z) as xp:
+        if not hasattr(divisor, "dtype"):
+            divisor = xp.asarray(divisor, dtype=Z.dtype, device=device_of(Z))
+        share = xp.astype(divisor / rows, Z.dtype, copy=False)
+        counts = share > 0  # where all samples weigh nothing, the mean is 0/0
+        value, dZ = xp.where(counts, value * share, 0.0), xp.where(counts, dZ * share, 0.0)
+    return value, {**model.gradients(dZ, caches, needs_dX=False)[1], _DIVISOR: share}
+
+
+def _divisor(loss: Any, Z: Array, y: Array, weights: Array | None) -> Any:
+    if hasattr(loss, "divisor"):
+        return loss.divisor(Z, y, weights)
+    if weights is None:
+        return Z.shape[0]
+    with computing_on(weights) as xp:
+        return xp.sum(weights)
+
+
+def _nothing(model: Any, is_weighted: bool) -> tuple[Array, Gradients]:
+    """What an empty share adds; the mean over no rows would be NaN."""
+    found = {join(name, p): W for name, layer in trained(model) for p, W in layer.parameters().items()}
+    W = next(iter(found.values()))
+    with place_of(W).entered() as xp:
+        zero = xp.zeros((), dtype=W.dtype, device=device_of(W))
+        gradients = {name: xp.zeros_like(W) for name, W in found.items()}
+    return zero, {**gradients, _DIVISOR: zero} if is_weighted else gradients
+
+
+def divided(value: Array, gradients: Gradients) -> tuple[Array, Gradients]:
+    """Loss and gradients of the batch, when all of its parts are summed."""
+    if _DIVISOR not in gradients:
+        return value, gradients
+    gradients = dict(gradients)
+    total = gradients.pop(_DIVISOR)
+    with computing_on(total):
+        return value / total, {name: dW / total for name, dW in gradients.items()}
