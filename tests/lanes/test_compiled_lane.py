@@ -349,6 +349,30 @@ def test_inputs_of_any_layout_give_the_same_bits(dtype):
         assert_same_bits(weights(step), weights(expected))
 
 
+@pytest.mark.parametrize("kind", ["ids", "small ids", "rows"])
+def test_rows_in_an_order(kind, dtype):
+    X, order = random(20, 6, dtype=dtype), np.random.default_rng(0).permutation(20)
+    y = random(20, 4, dtype=dtype) if kind == "rows" else (np.arange(20) % 4).astype("int64" if kind == "ids" else "int16")
+    loss = MeanSquaredError if kind == "rows" else SoftmaxCrossEntropy
+    gathered, by_hand = step_of(dtype=dtype, loss=loss), step_of(dtype=dtype, loss=loss)
+    for start, stop in ((0, 8), (8, 16), (16, 20)):
+        gathered.on_rows(X, y, order, start, stop)
+        assert gathered.how.startswith("compiled")
+        by_hand(X[order[start:stop]], y[order[start:stop]])
+    assert_same_bits(weights(gathered), weights(by_hand))
+
+
+def test_an_order_that_leaves_the_data_is_told_as_ever():
+    step, X, y = step_of(), random(20, 6), np.arange(20) % 4
+    step.on_rows(X, y, np.arange(20), 0, 8)
+    before = weights(step)
+    with pytest.raises(IndexError):
+        step.on_rows(X, y, np.asarray([0, 20]), 0, 2)
+    assert_same_bits(weights(step), before)
+    step.on_rows(X, y, np.asarray([0, -1]), 0, 2)  # as NumPy counts
+    assert not np.array_equal(step.model[0].W, before["0.W"])
+
+
 def test_an_activation_may_come_first_last_or_twice(dtype):
     X, y = random(10, 6, dtype=dtype), np.arange(10) % 6
     wide = np.zeros((10, 9), dtype)

@@ -31,7 +31,7 @@ _LONG = 1 << 22
 """Multiplications in a step from which on other Python threads may run beside it."""
 
 
-_put_arrays, _put_adam, _put_sgd = (cast(Any, Struct(form)).pack_into for form in ("5q", "8d", "5d"))
+_put_arrays, _put_adam, _put_sgd = (cast(Any, Struct(form)).pack_into for form in ("6q", "8d", "5d"))
 
 
 class Plan:
@@ -151,7 +151,7 @@ class Plan:
         if X.strides[1] != size or apart % size or apart < X.shape[1] * size or self.stages[0].layer is None:
             X = np.ascontiguousarray(X)  # a product takes rows that are apart, an activation does not
         others = (0 if x is None else id(x) for x in (order, counts))
-        _put_arrays(program.control, 8 * at.X, id(X), X.strides[0] // size, id(target), *others)
+        _put_arrays(program.control, 8 * at.X, id(X), X.strides[0] // size, id(target), *others, len(X))
         numbers[at.FACTOR] = factor
         step.whole = False
         helpers = self._run(program)
@@ -287,7 +287,9 @@ def compiled_step_on_rows(
     plan = plan_for(xp, step)
     if plan is not None and plan.gathers(step) and _fits(plan, X) and X.ndim == 2 and X.flags.c_contiguous:
         part = order[start:stop]
-        if part.dtype == np.int64 and part.flags.c_contiguous and len(X) == len(y) and y.flags.c_contiguous:
+        wanted = np.int64 if plan.loss_kind == at.IDS and y.ndim == 1 else plan.dtype
+        fits = y.dtype == wanted and y.flags.c_contiguous and len(X) == len(y)
+        if fits and part.dtype == np.int64 and part.flags.c_contiguous:
             value = plan.take(xp, step, X, y, None, part, len(part))
             if value is not None:
                 return value

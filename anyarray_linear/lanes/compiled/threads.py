@@ -20,7 +20,6 @@ from .building import Code
 
 _WATCHING = 2000
 """How often a thread looks for the next program before it goes to sleep: some 0.1 ms."""
-_STACK = 1 << 19
 
 
 class Pool:

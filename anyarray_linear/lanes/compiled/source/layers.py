@@ -94,6 +94,9 @@ def take(op, c, tile, like):
     order = pointer(c[at.ORDER], INT64)
     size = size_of(like)
     for r in range(tile * chunk, min((tile + 1) * chunk, rows)):
+        if order[r] < 0 or order[r] >= c[at.LENGTH]:
+            c[at.FLAGS] = 1
+            return
         source, target = pointer(c[at.X] + order[r] * c[at.LDX] * size, like), pointer(X + r * width * size, like)
         for j in range(width):
             target[j] = source[j]
