@@ -9,7 +9,8 @@ threads.
 # the control block of one program, in int64; what threads write at once lies 64 bytes apart
 NEXT, DONE, FLAGS = 0, 8, 16
 TOTAL, OPERATIONS, GEMM, WIDE, NUMBERS, YIELD, LOCAL, DATA = range(24, 32)
-X, LDX, Y, ORDER, WEIGHTS, LENGTH = range(32, 38)  # all but LDX and LENGTH, the rows of X, are NumPy's array objects, whose data are where DATA says
+# LDX and LENGTH say how X lies, the others are NumPy's array objects, whose data are where DATA says
+X, LDX, Y, ORDER, WEIGHTS, LENGTH = range(32, 38)
 CONTROL = 40
 
 # an operation, in int64
