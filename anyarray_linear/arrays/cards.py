@@ -32,6 +32,14 @@ def device_name(index: int) -> str:
     return name.decode()
 
 
+def has_nccl() -> bool:
+    """Whether CuPy finds NCCL, which sums over several cards."""
+    try:
+        return bool(import_module("cupy.cuda.nccl").available)
+    except ImportError:
+        return False
+
+
 def cuda_version(number: int) -> str:
     """A version of CUDA as CUDA itself numbers them, in the usual way: `"13.2"` for 13020."""
     return f"{number // 1000}.{number % 1000 // 10}"

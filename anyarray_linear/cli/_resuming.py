@@ -13,6 +13,7 @@ from ..files.models import read_metadata
 from ._common import bad
 from ._folder import CHECKPOINTS
 
+_OF_THE_CALL = "out", "resume", "overwrite", "processes", "ranks"  # and not of the run
 _CHANGEABLE = ("device", "epochs", "checkpoint_every", "keep")
 MORE = 10
 """How many epochs more are offered."""
@@ -60,7 +61,7 @@ def restored(options: Any, given: set[str]) -> list[str]:
 
 def stored_options(options: Any) -> dict[str, Any]:
     """The options that config.json keeps, as JSON; where the files are as seen from anywhere."""
-    kept = {name: value for name, value in vars(options).items() if name not in ("out", "resume", "overwrite", "processes")}
+    kept = {name: value for name, value in vars(options).items() if name not in _OF_THE_CALL}
     return kept | {"data": None if options.data is None else str(options.data.resolve())}
 
 

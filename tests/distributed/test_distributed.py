@@ -28,10 +28,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyarray_linear import SGD, Adam, Linear, Sequential, distributed, fit, load_checkpoint
+from anyarray_linear import SGD, Adam, Linear, Sequential, distributed, fit, load_checkpoint, load_model
+from anyarray_linear.arrays.cores import usable_cores
+from anyarray_linear.cli import _ranks
 from anyarray_linear.cli._app import app
+from anyarray_linear.cli._common import one_line
 from anyarray_linear.cli._results import show
-from anyarray_linear.distributed import Group, RankError, over_mpi
+from anyarray_linear.distributed import Group, RankError, launching, over_mpi
 from anyarray_linear.distributed.launching import fitting_threads
 from anyarray_linear.files.checkpoints import checkpoints
 from anyarray_linear.initializers import layer_seed
@@ -53,6 +56,7 @@ TOGETHER = [
     "linear", "linear_accumulated", "adam", "momentum", "half", "one_message", "rank0_rules", "stop", "callback", "nan_skipped",
     "nan_fatal", "nan_slow", "failure", "failure_before", "disagreement", "other_weights", "other_optimizer",
     "other_moments", "differences", "other_files", "fault",
+    "weighted", "stateful",
 ]  # fmt: skip
 BOUND = 120.0  # seconds in which every job must have ended that loses a rank; they take 1 to 8
 PATIENCE = 600.0  # for jobs that only have to come to their end
@@ -174,6 +178,26 @@ def test_ranks_reach_the_weights_of_one_process_within_rounding(together, size, 
 def test_micro_batches_on_ranks_reach_the_weights_of_one_process(together):
     for scenarios in together(4)[0]:
         assert_linear_as_one_process(scenarios["linear_accumulated"]["float64"], "float64")
+
+
+@needs_mpi
+def test_weights_of_samples_mean_on_ranks_what_they_mean_in_one_process(together):
+    """The weighted mean is that over the whole batch, also where all that a rank has of it weighs nothing."""
+    model, w = worker.linear_model("float64"), np.arange(worker.ROWS) % 4.0
+    fit(model, *worker.linear_data("float64"), sample_weight=w, **worker.linear_options())
+    for scenarios in together(4)[0]:
+        assert largest_difference(scenarios["weighted"], worker.weights(model)) < 1e-12
+
+
+@needs_mpi
+def test_states_are_those_of_rank_0_after_each_epoch_and_masks_differ(together):
+    first, *others = (scenarios["stateful"] for scenarios in together(4)[0])
+    for rank, other in enumerate(others, 1):
+        assert largest_difference(other["weights"], first["weights"]) == 0
+        assert np.array_equal(other["mean"], first["mean"])
+        assert other["step"] == first["step"]
+        assert other["stream"] == rank
+        assert not np.array_equal(other["mask"], first["mask"])
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 10, 99])
@@ -607,6 +631,99 @@ def test_sigterm_to_mpiexec_stops_all_ranks_after_a_step(tmp_path):
     process.communicate(timeout=PATIENCE)
     assert process.returncode in (143, 15)
     assert '"interrupted": true' in (tmp_path / "a" / "summary.json").read_text()
+
+
+def by_processes(count, folder, *arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "anyarray_linear", "train", "--processes", str(count), "--device", "cpu", "--hidden", "16",
+         "--out", str(folder), *arguments],
+        env={**ENVIRONMENT, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@needs_mpi
+def test_processes_in_one_word_train_what_mpiexec_trains(tmp_path):
+    out, err = by_processes(2, tmp_path / "a", "--epochs", "2").communicate(timeout=PATIENCE)
+    assert out.startswith("2 ranks over"), err
+    command(2, tmp_path / "b", "--distributed", "mpi", "--epochs", "2").communicate(timeout=PATIENCE)
+    mine, theirs = (load_model(tmp_path / name / "model.safetensors").parameters() for name in "ab")
+    assert largest_difference(mine, theirs) == 0
+    assert "processes" not in (tmp_path / "a" / "config.json").read_text()
+    out, err = by_processes(3, tmp_path / "a", "--resume", "--epochs", "3").communicate(timeout=PATIENCE)
+    assert out.startswith("3 ranks over"), err
+
+
+@needs_mpi
+def test_of_processes_in_one_word_one_that_dies_is_named_and_all_end(tmp_path):
+    process = by_processes(2, tmp_path / "a", "--epochs", "1000000")
+    victim = int(re.search(r"1 is process (\d+)", process.stdout.readline())[1])
+    for line in process.stderr:
+        if line.startswith("epoch 2"):
+            break
+    os.kill(victim, signal.SIGKILL)
+    began = time.monotonic()
+    said = "".join(process.communicate(timeout=BOUND))
+    assert time.monotonic() - began < BOUND
+    assert process.returncode != 0
+    assert str(victim) in said  # in the launcher's words, which ends the others, or in theirs
+
+
+@needs_mpi
+def test_the_cores_are_shared_unless_the_user_has(tmp_path):
+    code = "import os, sys; print(os.environ['OPENBLAS_NUM_THREADS'])"
+    module = tmp_path / "said.py"
+    module.write_text(code)
+    start = "from anyarray_linear.distributed.launching import launch; launch(2, 'said', [])"
+    bare = {name: value for name, value in ENVIRONMENT.items() if not name.endswith("_NUM_THREADS")}
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    for threads, expected in (({}, max(1, len(usable_cores()) // 2)), ({"OPENBLAS_NUM_THREADS": "7"}, 7)):
+        out = subprocess.check_output([sys.executable, "-c", start], env={**bare, **paths, **threads}, text=True, timeout=PATIENCE)
+        assert out.split() == [str(expected)] * 2
+
+
+def refused(*arguments):
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - of typer, or of ours
+        app(["train", *arguments], standalone_mode=False)
+    return one_line(caught.value)
+
+
+@pytest.fixture
+def not_launched(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("PMI_", "OMPI_COMM", "ANYARRAY_PROCESSES"))]:
+        monkeypatch.delenv(name)
+
+
+def test_without_mpi_the_word_says_what_to_install(monkeypatch, not_launched):
+    monkeypatch.setattr(launching, "find_spec", lambda name: None)
+    assert "mpi4py is not installed: pip install" in refused("--processes", "2", "--device", "cpu")
+    monkeypatch.setattr(launching, "find_spec", lambda name: object())
+    monkeypatch.setattr(launching.shutil, "which", lambda *program, path: None)
+    assert "there is no mpiexec: pip install" in refused("--processes", "2", "--device", "cpu")
+
+
+def test_the_word_and_mpiexec_are_not_for_each_other(monkeypatch, not_launched):
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setenv("PMI_RANK", "0")
+    assert "leave out mpiexec" in refused("--processes", "2")
+
+
+def test_each_process_has_a_card_of_its_own(monkeypatch, not_launched):
+    monkeypatch.setattr(_ranks.doctor, "count", lambda: 2)
+    assert "there are 2 CUDA devices, one for each; give --processes 2 or --device cpu" in refused("--processes", "3")
+    assert "give --device cuda" in refused("--processes", "2", "--device", "cuda:1")
+    started = []
+    monkeypatch.setattr(_ranks, "launch", lambda *given: started.append(given))
+    for nccl, transport in ((True, "nccl"), (False, "mpi")):
+        monkeypatch.setattr(_ranks.cards, "has_nccl", lambda nccl=nccl: nccl)
+        _ranks.start(2, None, "auto")
+        assert started.pop()[2][-2:] == ["--distributed", transport]
+        _ranks.start(2, None, "cpu")
+        assert started.pop()[2][-2:] == ["--distributed", "mpi"]
+
+
+def test_processes_that_do_not_find_each_other_say_so(monkeypatch, not_launched):
+    monkeypatch.setenv("ANYARRAY_PROCESSES", "4")
+    assert "4 processes were started, and this one sees 1" in refused("--epochs", "1", "--device", "cpu")
 
 
 @pytest.mark.parametrize(("size", "rank"), [("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")])
