@@ -9,23 +9,26 @@ from typing import Any
 import numpy as np
 
 from ..arrays.device import Device
-from ..protocol import join, leaves, parameters
+from ..arrays.place import is_array
+from ..protocol import parameters, restore, states
 
 
-def snapshot(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Weights and optimizer on the host, to be sent."""
+def sendable(model: Any, optimizer: Any) -> dict[str, Any]:
+    """Weights, the layers' states and the optimizer's on the host, to be sent."""
     rule = optimizer.state_dict()
-    moments = {name: {m: Device.of(x).to_numpy(x) for m, x in own.items()} for name, own in rule["moments"].items()}
-    weights = {name: Device.of(W).to_numpy(W) for name, W in parameters(model).items()}
+    moments = {name: {m: _host(x) for m, x in own.items()} for name, own in rule["moments"].items()}
+    weights = {name: _host(x) for name, x in {**parameters(model), **states(model)}.items()}
     return {"weights": weights, "optimizer": {**rule, "moments": moments}}
 
 
-def adopt(model: Any, optimizer: Any, sent: Mapping[str, Any]) -> None:
-    """Be what `snapshot` saw elsewhere."""
+def take_over(model: Any, optimizer: Any, sent: Mapping[str, Any]) -> None:
+    """Be what `sendable` saw elsewhere."""
     optimizer.load_state_dict(sent["optimizer"])
-    for name, layer in leaves(model):
-        for p, W in layer.parameters().items():
-            setattr(layer, p, Device.of(W).asarray(sent["weights"][join(name, p)], dtype=W.dtype))
+    restore(model, sent["weights"])
+
+
+def _host(x: Any) -> Any:
+    return Device.of(x).to_numpy(x) if is_array(x) else x
 
 
 def settings(x: Any) -> str:
@@ -41,9 +44,9 @@ def digest(model: Any, optimizer: Any, *more: Any) -> str:
     """The SHA-256 of weights, optimizer and whatever else has to be equal on all ranks."""
     import hashlib
 
-    state = snapshot(model, optimizer)
-    found = hashlib.sha256(repr((state["optimizer"]["steps"], more)).encode())
-    for name, W in state["weights"].items():
-        for x in (W, *state["optimizer"]["moments"].get(name, {}).values()):
-            found.update(np.ascontiguousarray(x).data)
+    rule = optimizer.state_dict()
+    found = hashlib.sha256(repr((rule["steps"], more)).encode())
+    for name, W in parameters(model).items():  # a layer's state may be of its rank's rows
+        for x in (W, *rule["moments"].get(name, {}).values()):
+            found.update(np.ascontiguousarray(_host(x)).data)
     return found.hexdigest()

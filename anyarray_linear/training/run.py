@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.place import Array, computing_on, dtype_name
-from ..distributed.agreement import adopt, digest, settings, snapshot
+from ..distributed.agreement import digest, sendable, settings, take_over
 from ..distributed.group import Group
 from ..guard import Guard
 from ..protocol import parameters
@@ -109,10 +109,10 @@ class Run:
         )
         self.group.claim(self.data.device)
         first = self.group.rank == 0
-        own = (snapshot(self.model, self.optimizer), {**self.state(), "history": self.history.rows}) if first else None
+        own = (sendable(self.model, self.optimizer), {**self.state(), "history": self.history.rows}) if first else None
         sent = self.group.exchange(own)[0]
         if not first:
-            adopt(self.model, self.optimizer, sent[0])
+            take_over(self.model, self.optimizer, sent[0])
             self.restore(sent[1])
 
     def digests(self) -> dict[str, str]:
