@@ -101,6 +101,9 @@ class Faulty(SoftmaxCrossEntropy):
         value, cache = super().forward(Z, target)
         return (self._fault(value) if self._calls == self._call else value), cache
 
+    def __repr__(self):
+        return repr(SoftmaxCrossEntropy())  # resumed with which it goes on
+
 
 class InUnits(MeanSquaredError):
     """A loss with a number in it."""
@@ -275,19 +278,19 @@ class Scenarios:
 
     def fault(self):
         """The command, with a fault of the program on rank 1, which needs its traceback."""
-        from anyarray_linear.cli import train
+        from anyarray_linear.cli import _training
         from anyarray_linear.cli._app import app
 
         def norms(*arguments):
             raise KeyError("a fault")
 
-        whole = train.Norms
-        train.Norms = norms if self.rank == 1 else whole
+        whole = _training.Norms
+        _training.Norms = norms if self.rank == 1 else whole
         action = ["train", "--device", "cpu", "--distributed", "mpi", "--epochs", "1", "--out", str(self.folder / "fault")]
         try:
             return told(lambda: app(action, standalone_mode=False))
         finally:
-            train.Norms = whole
+            _training.Norms = whole
 
     def other_weights(self):
         def spoil(model, row):
@@ -345,11 +348,11 @@ class Scenarios:
 
     def slow_results(self):
         """The command, where rank 0 writes its report only once all others have left."""
-        from anyarray_linear.cli import train
+        from anyarray_linear.cli import _training
         from anyarray_linear.cli._app import app
 
         left = [self.folder / f"{rank}.left" for rank in range(1, self.group.size)]
-        write, seen = train.report, []
+        write, seen = _training.report, []
 
         def report(*arguments):
             until = time.monotonic() + 20
@@ -360,7 +363,7 @@ class Scenarios:
                 raise OSError(28, "No space left on device", "report.html")
             return write(*arguments)
 
-        train.report = report
+        _training.report = report
         out = str(self.folder / "a folder")
         action = ["train", "--device", "cpu", "--hidden", "16", "--epochs", "1", "--distributed", "mpi", "--out", out]
         code = told(lambda: app(action, standalone_mode=False))
