@@ -122,7 +122,8 @@ class Optimizer:
             if where.shape != () or dtype_name(where.dtype) != "bool":
                 raise ValueError(f"where is {dtype_name(where.dtype)} of shape {tuple(where.shape)}; it must be a 0-d bool")
             bound.switch_place = place_of(where)
-        bound.place.run(apply_update, self, bound, gradients, by, where)
+        with bound.place.without_graph():
+            bound.place.run(apply_update, self, bound, gradients, by, where)
         self.stepped(model, bound)
 
     def bind(self, model: Any, gradients: Mapping[str, Array | None] | None = None) -> Binding:

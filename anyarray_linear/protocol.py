@@ -178,4 +178,4 @@ def _copy(x: Any) -> Any:
     if not is_array(x):
         return x
     with computing_on(x) as xp:
-        return xp.asarray(x, copy=True)
+        return xp.asarray(Device.of(x).asarray(x), copy=True)  # without a graph of torch's

@@ -20,7 +20,7 @@ CALLS = (
     *("pwrite", "preadv", "pwritev", "posix_fadvise", "posix_fallocate", "sched_getaffinity", "sched_setaffinity"),
     *("sched_yield", "getuid", "geteuid", "getgid", "getegid", "getgroups", "getpgid", "getsid", "setsid", "setpgid"),
     *("getloadavg", "killpg", "nice", "sysconf", "confstr", "statvfs", "fstatvfs", "uname", "ctermid", "ttyname", "openpty"),
-    *("wait", "wait3", "wait4", "waitid", "sync", "sendfile", "memfd_create", "eventfd", "pidfd_open", "getrandom"),
+    *("wait", "wait3", "wait4", "waitid", "sync", "memfd_create", "eventfd", "pidfd_open", "getrandom"),
     *("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_DIRECTORY", "O_SYNC", "O_DSYNC", "O_TMPFILE", "O_PATH"),
     *("WNOHANG", "EX_OK", "EX_USAGE"),
 )

@@ -103,6 +103,8 @@ class Device:
         if isinstance(x, np.generic) or not is_array(x):
             x, dtype = self._as_array(x, dtype)
         here = Device.of(x)
+        if here.kind == "torch" and x.requires_grad:
+            x = x.detach()  # foreign graphs do not come in
         if here == self and (dtype is None or x.dtype is dtype) and getattr(x.dtype, "isnative", True):
             return x  # the usual case in training: half the time of going by names, as the routes do
         return transfer.route(x, here, self)(x, here, self, dtype)

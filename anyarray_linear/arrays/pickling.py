@@ -1,4 +1,7 @@
-"""Pickling that keeps CuPy arrays on their device: CuPy's own puts them on whatever device is current at loading."""
+"""Pickling that keeps CuPy arrays on their device: CuPy's own puts them on whatever device is current at loading.
+
+Whoever reads a pickle may say that they shall be elsewhere: see `selection.loading_on`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import numpy as np
 from array_api_compat import is_cupy_array
 
 from .place import Array, computing_on
-from .selection import select_device
+from .selection import stored_device
 
 
 class _Pinned:
@@ -26,7 +29,7 @@ class _Pinned:
 
 
 def _restore(host: np.ndarray[Any, Any], device: str) -> _Pinned:
-    return _Pinned(select_device(device).asarray(host))
+    return _Pinned(stored_device(device).asarray(host))
 
 
 def pin(value: Any) -> Any:

@@ -9,6 +9,8 @@ place's device current first, which costs nothing where it is current already.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ Array = Any
 Namespace = Any
 """An Array API namespace, such as `array_api_compat.numpy` or `array_api_compat.cupy`."""
 
+_NOTHING = nullcontext()
 FLOAT_DTYPES = ("float32", "float64")
 """The dtypes of every namespace; float16 joins them where products are accumulated in float32 (CuPy, torch)."""
 
@@ -67,6 +70,11 @@ class Place:
     def entered(self) -> _Here | _OnDevice:
         """A context in which arrays of this place are computed with; entering it gives the namespace."""
         return _Here(self.xp)
+
+    def without_graph(self) -> AbstractContextManager[Any]:
+        """A context in which torch's autograd records nothing: gradients are formed by hand here, and the graph of a weight
+        that requires grad would grow with every update."""
+        return import_module("torch").no_grad() if self.library == "torch" else _NOTHING
 
     def __repr__(self) -> str:
         return f"Place({self.library} on {self.device}, {self.dtype_name})"

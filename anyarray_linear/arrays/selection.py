@@ -11,6 +11,9 @@ from __future__ import annotations
 import copyreg
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from . import cards
@@ -99,10 +102,54 @@ def _free_memory(index: int) -> int:
         return -1
 
 
+_chosen: ContextVar[Device | None] = ContextVar("chosen", default=None)
+
+
+@contextmanager
+def loading_on(spec: str | Device) -> Iterator[None]:
+    """A context in which `pickle.load` puts on this device what was pickled on a CUDA device, whichever that was.
+
+    spec: as `select_device` takes it. What was pickled on the CPU stays there.
+
+    >>> import pickle
+    >>> from anyarray_linear import Linear
+    >>> data = pickle.dumps(Linear(2, 3))  # perhaps of a machine with a GPU
+    >>> with loading_on("cpu"):
+    ...     layer = pickle.loads(data)
+    >>> layer.device
+    Device('cpu')
+    """
+    token = _chosen.set(select_device(spec))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def stored_device(spec: str) -> Device:
+    """The device for what was pickled on `spec`: that one, unless whoever reads says another.
+
+    By `loading_on`; or, where there is no such device here, by `ANYARRAY_DEVICE`. Raises `DeviceUnavailableError`.
+    """
+    if spec == "cpu":
+        return select_device(spec)
+    if (chosen := _chosen.get()) is not None:
+        return chosen
+    try:
+        return select_device(spec)
+    except DeviceUnavailableError as error:
+        if os.environ.get("ANYARRAY_DEVICE"):
+            return select_device("auto")
+        raise DeviceUnavailableError(
+            f"it was pickled on {spec}; to load it elsewhere set ANYARRAY_DEVICE=cpu, or load it inside "
+            f'`with anyarray_linear.arrays.selection.loading_on("cpu"):`. {error}'
+        ) from error
+
+
 def _pickled(device: Device) -> Any:
     """As its spec, for the CPU and CUDA: where it is loaded, it has to prove anew that it works."""
     if device.kind in ("cpu", "cuda"):
-        return select_device, (str(device),)
+        return stored_device, (str(device),)
     return Device, (device.kind, 0, device.native, device.reason)
 
 

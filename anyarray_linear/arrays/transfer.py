@@ -102,8 +102,8 @@ def _into(host: np.ndarray[Any, Any], there: Device, wanted: Any) -> Array:
 
 
 def _into_torch(host: np.ndarray[Any, Any], there: Device, wanted: Any) -> Array:
-    """It shares the memory, and knows neither read-only arrays nor negative strides."""
-    if not host.flags.writeable or any(stride < 0 for stride in host.strides):
+    """It shares the memory, and knows neither read-only arrays, nor negative strides, nor those of a record's fields."""
+    if not host.flags.writeable or any(stride < 0 or stride % host.itemsize for stride in host.strides):
         host = host.copy()
     return there.xp.asarray(host).to(there.native, dtype=wanted)
 
@@ -119,7 +119,7 @@ def to_host(x: Array, here: Device) -> np.ndarray[Any, Any]:
         with here:
             return np.asarray(x.get())
     if here.kind == "torch":
-        return np.asarray(x.cpu().numpy())
+        return np.asarray(x.detach().cpu().numpy())
     if here.kind == "array_api_strict":
         x = x.to_device(here.xp.Device("CPU_DEVICE"))
     return np.asarray(x)

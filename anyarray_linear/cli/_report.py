@@ -76,7 +76,8 @@ def _result(
     tiles = [(f"{part} {LABELS[name]}" if i == 0 else LABELS[name], shown(name, score[name]))
              for i, name in enumerate(name for name in _TILES if name in score)]  # fmt: skip
     of = summary.get("model_epoch", len(rows))
-    tiles.append(("the model is of epoch", f"{of} of {len(rows)}"))
+    early = ", stopped early" if "stopped_early" in summary else ""
+    tiles.append(("the model is of epoch", f"{of} of {len(rows)}{early}"))
     cells = [[LABELS[name], *(shown(name, each[name]) for each in scores.values())] for name in LABELS if name in score]
     cells.append(["samples", *(f"{len(run.parts[name][1]):,}" for name in scores)])
     stopped = '<p class="bad">Training was interrupted; this is what was trained so far.</p>'

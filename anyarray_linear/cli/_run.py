@@ -94,6 +94,8 @@ def prepare(options: Any, group: Group | None = None) -> Run:
     for name in ("test", "validation"):
         if not 0 <= getattr(options, name) < 1:
             raise bad(name, f"{getattr(options, name)} is no fraction of the samples; give one from 0 to below 1")
+    if options.early_stopping is not None and options.validation == 0:
+        raise bad("early_stopping", "it watches the loss on validation, and --validation is 0; give a fraction, such as 0.1")
     device = group.device(options.device)
     dtype = device.dtype(options.dtype)
     _optimizer(options, steps_per_epoch=1)  # its numbers are checked before the data is read

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import __version__, distributed
 from ..files.models import load_model, read_metadata
-from ..training import History, evaluate, fit, predict
+from ..training import EarlyStopping, History, evaluate, fit, predict
 from ._common import StopSignals, warn
 from ._folder import BEST, CHECKPOINTS
 from ._norms import Norms
@@ -69,6 +69,7 @@ def _fit(
         if run.classes is not None:
             row["accuracy"] = evaluate(model, X[:_SCORED_ROWS], y[:_SCORED_ROWS], loss=run.loss)["accuracy"]
 
+    stopping = [] if options.early_stopping is None else [EarlyStopping(options.early_stopping, restore_best=False)]
     history = fit(
         run.model,
         X,
@@ -79,7 +80,7 @@ def _fit(
         batch_size=options.batch_size,
         validation=run.scaled("validation") if "validation" in run.parts else None,
         seed=options.seed,
-        callbacks=[score],
+        callbacks=[score, *stopping],
         checkpoint=None if folder is None else folder / CHECKPOINTS,
         checkpoint_every=None if folder is None else options.checkpoint_every,
         resume=options.resume and folder is not None,
@@ -118,6 +119,8 @@ def write_run(run: Run, options: Any, folder: Path, group: distributed.Group, hi
         summary["ranks"] = group.size
     if history.interrupted:
         summary["interrupted"] = True
+    elif len(history.rows) < options.epochs:
+        summary["stopped_early"] = True
     metadata = {"classes": run.classes, "features": run.features}
     page = report(run, outputs, folder, _config(run, options), history.rows, summary)
     write_results(folder, model, metadata, history.rows, summary, page)

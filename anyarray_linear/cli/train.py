@@ -98,6 +98,10 @@ def train(
         _option("Train with all processes of mpiexec, which share the batches; nccl for CUDA.", "Training", "--distributed"),
     ] = None,
     seed: Annotated[int, _option("Of the split, the weights and the order of the batches.", "Training", min=0)] = 0,
+    early_stopping: Annotated[
+        int | None,
+        _option("Stop when the loss on validation has not improved so long.", "Training", metavar="EPOCHS", min=1),
+    ] = None,
     keep: Annotated[
         Literal["best", "last"],
         _option("The epoch whose weights the model gets: of the best loss on validation, or the last.", "Training"),

@@ -36,7 +36,7 @@ class Data:
     takes_ids: bool = False
 
     def __post_init__(self) -> None:
-        self.X, self.y = _signed(self.X, self.dtype), _signed(self.y, "int64")
+        self.X, self.y = _fit_for_batches(self.X, self.dtype), _fit_for_batches(self.y, "int64")
 
     def __len__(self) -> int:
         return int(self.X.shape[0]) if self.rows is None else len(self.rows)
@@ -95,11 +95,13 @@ def is_float(x: Array) -> bool:
     return bool(namespace(x).isdtype(x.dtype, "real floating"))
 
 
-def _signed(x: Array, dtype: Any) -> Array:
-    """`x`, but a torch tensor of wide unsigned integers in `dtype`: torch can neither take rows of it nor compare it."""
-    if dtype_name(x.dtype) in ("uint16", "uint32", "uint64") and Device.of(x).kind == "torch":
-        return Device.of(x).asarray(x, dtype=dtype)
-    return x
+def _fit_for_batches(x: Array, dtype: Any) -> Array:
+    """`x`; a torch tensor without its graph, and one of wide unsigned integers, which torch neither takes rows of nor
+    compares, in `dtype`."""
+    there = Device.of(x)
+    if there.kind != "torch":
+        return x
+    return there.asarray(x, dtype=dtype if dtype_name(x.dtype) in ("uint16", "uint32", "uint64") else None)
 
 
 def row_taker(x: Array, order: np.ndarray[Any, Any] | None) -> Callable[[int, int], Array]:

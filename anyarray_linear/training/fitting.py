@@ -154,7 +154,8 @@ def fit(
             with (
                 deferred_interrupts() as interrupted,
                 Progress(epochs, run.steps_per_epoch, progress and group.rank == 0) as bar,
-                np.errstate(over="ignore", invalid="ignore", divide="ignore"),  # judged by the guard, not warned about
+                np.errstate(all="ignore"),  # judged by the guard, not warned about
+                run.operation.place.without_graph(),  # a parameter of torch's own may have one
                 device,  # current for layers, losses and callbacks of the user's own
                 memory_advice(device, batch_size),
             ):

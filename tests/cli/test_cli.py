@@ -203,7 +203,7 @@ def test_it_trains_and_predicts_on_every_device_and_resumes_on_another(run: Call
 def options_for(path: Path, **changes: Any) -> Any:
     given = {
         "data": path, "target": None, "task": None, "features": None, "drop": None, "standardize": True, "test": 0.2, "validation": 0.1, "hidden": "8",
-        "activation": "tanh", "init": "xavier_normal", "dtype": "float64", "device": "cpu", "epochs": 1, "batch_size": 32, "optimizer": "adam",
+        "activation": "tanh", "init": "xavier_normal", "early_stopping": None, "dtype": "float64", "device": "cpu", "epochs": 1, "batch_size": 32, "optimizer": "adam",
         "lr": 1e-2, "schedule": "constant", "weight_decay": None, "clip_norm": None, "seed": 0,
     }  # fmt: skip
     return SimpleNamespace(**{**given, **changes})
@@ -605,6 +605,27 @@ def test_model_is_that_of_the_best_epoch_and_with_keep_last_of_the_last(run: Cal
     assert Path("last/model.safetensors").read_bytes() == Path("best/model.safetensors").read_bytes()
     assert run("train", "--out", "best", "--resume", "--epochs", 14).code == 0
     assert loads(Path("best/summary.json"))["model_epoch"] == best
+
+
+def test_early_stopping_ends_training_and_is_resumed_exactly(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    data = overfitting(tmp_path / "noise.npz")
+    given = ("--data", data, "--lr", 0.05, "--hidden", 32, "--device", "cpu", "--early-stopping", 3)
+    outcome = run("train", "--out", "whole", "--epochs", 60, *given)
+    losses = [json.loads(line)["validation_loss"] for line in Path("whole/history.jsonl").read_text().splitlines()]
+    best = int(np.argmin(losses)) + 1
+    assert len(losses) == best + 3 < 60
+    assert "stopped early, after epoch" in outcome.out
+    summary = loads(Path("whole/summary.json"))
+    assert (summary["model_epoch"], summary["epochs"], summary["stopped_early"]) == (best, best + 3, True)
+    # in two goes, between which nobody remembers how many epochs have passed without a better one
+    assert run("train", "--out", "parts", "--epochs", best + 1, *given).code == 0
+    assert run("train", "--out", "parts", "--resume", "--epochs", 60).code == 0
+    for name in ("model.safetensors", "history.jsonl"):
+        parts, whole = (Path(folder, name).read_bytes() for folder in ("parts", "whole"))
+        assert name == "history.jsonl" or parts == whole
+    assert loads(Path("parts/summary.json"))["epochs"] == best + 3
+    assert "nothing to train: the run in whole was stopped early" in run("train", "--out", "whole", "--resume").out
+    assert_refused(run("train", "--validation", 0, "--early-stopping", 3, "--out", "c"), "--early-stopping", "--validation")
 
 
 def test_best_weights_that_are_lost_are_said(run: Callable[..., Outcome], tmp_path: Path) -> None:

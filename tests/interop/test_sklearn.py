@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib.util
 import pickle
+import tracemalloc
 import warnings
 from collections import Counter
 
@@ -13,22 +15,29 @@ import pytest
 
 pytest.importorskip("sklearn", minversion="1.7")
 
+import scipy.sparse
 import sklearn
 from sklearn.base import clone
+from sklearn.datasets import make_multilabel_classification
 from sklearn.exceptions import ConvergenceWarning, NotFittedError, SkipTestWarning
-from sklearn.metrics import r2_score
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics import f1_score, r2_score, recall_score
 from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.estimator_checks import check_estimator
 
 from anyarray_linear import Device, DeviceUnavailableError, load_model, predict, save_model
 from anyarray_linear.datasets import load_digits
-from anyarray_linear.interop.sklearn import LinearNetClassifier, LinearNetRegressor, classifier, regressor
+from anyarray_linear.interop.sklearn import LinearNetClassifier, LinearNetRegressor, classifier, regressor, samples
 
 ESTIMATORS = [LinearNetClassifier, LinearNetRegressor]
-ABSENT = ("requires cuda", "XPU device", "MPS device")  # what check_estimator says of hardware that is not here
+ABSENT = (  # what check_estimator says of hardware that is not here, and of a method that MLPClassifier does not have either
+    *("requires cuda", "XPU device", "MPS device"),
+    "does not have a decision_function",
+)
 
 
 def quiet(**options):
@@ -266,6 +275,191 @@ def test_partial_fit_refuses_what_does_not_fit(digits, line):
         LinearNetRegressor(early_stopping=True).partial_fit(*line)
     with pytest.raises(ValueError, match=r"y has shape \(200, 2\), but it must be \(200,\), as before"):
         LinearNetRegressor().partial_fit(*line).partial_fit(line[0], np.c_[line[1], line[1]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sparse X
+
+
+TEXTS = [
+    *["the match ended in a draw", "she scored two goals", "a late goal won the match", "the team lost again", "our team scored"],
+    *["rain in the morning", "sun and a light wind", "heavy rain and wind", "a cold clear morning", "snow in the night"],
+]
+
+
+def test_texts_go_from_the_vectorizer_to_the_model_as_they_are():
+    pipeline = make_pipeline(TfidfVectorizer(), LinearNetClassifier((8,), **quiet(learning_rate_init=0.05, max_iter=60)))
+    pipeline.fit(TEXTS, ["sport"] * 5 + ["weather"] * 5)
+    assert pipeline.predict(["two goals in the match", "wind and snow"]).tolist() == ["sport", "weather"]
+    assert pipeline.predict_proba(["two goals"]).shape == (1, 2)
+
+
+def test_the_default_of_the_one_hot_encoder_is_taken():
+    X = np.asarray([["red", "s"], ["blue", "m"], ["red", "m"], ["green", "s"]] * 5)
+    y = np.asarray([1.0, 2.0, 1.5, 0.5] * 5)
+    pipeline = make_pipeline(OneHotEncoder(), LinearNetRegressor((), **quiet(learning_rate_init=0.05, max_iter=400)))
+    assert pipeline.fit(X, y).score(X, y) > 0.99
+
+
+@pytest.mark.parametrize("form", ["csr_array", "csc_matrix", "coo_array"])
+@pytest.mark.parametrize("options", [{}, {"early_stopping": True}, {"dtype": "float32"}])
+def test_a_sparse_matrix_gives_the_bits_of_the_dense_one(digits, form, options):
+    X, X_test, y, _ = digits
+    options = {"max_iter": 3, "batch_size": 64, "learning_rate_init": 0.01, **options}
+    sparse = getattr(scipy.sparse, form)
+    weights = np.random.default_rng(0).uniform(0.5, 2, len(y))
+    for how in ({}, {"sample_weight": weights}):
+        dense = LinearNetClassifier(**quiet(**options)).fit(X, y, **how)
+        model = LinearNetClassifier(**quiet(**options)).fit(sparse(X), y, **how)
+        for W, W_ in zip(model.coefs_, dense.coefs_, strict=True):
+            np.testing.assert_array_equal(W, W_)
+        np.testing.assert_allclose(model.loss_curve_, dense.loss_curve_, rtol=1e-6)
+        np.testing.assert_array_equal(model.predict_proba(sparse(X_test)), dense.predict_proba(X_test))
+    if "early_stopping" not in options:
+        model.partial_fit(sparse(X), y)
+        dense.partial_fit(X, y)
+        np.testing.assert_array_equal(model.coefs_[0], dense.coefs_[0])
+
+
+def test_only_a_batch_of_a_sparse_matrix_is_dense(line):
+    rows, seen = 3000, []
+    X = scipy.sparse.random_array((rows, 500), density=0.01, format="csr", rng=np.random.default_rng(0))
+    made = samples.SparseBatches(samples.Samples(X, np.zeros(rows)), 100, np.random.SeedSequence(0))
+    for x, _ in made:
+        seen.append(x)
+    assert [x.shape for x in seen] == [(100, 500)] * 30
+    first = np.concatenate(seen)
+    np.testing.assert_array_equal(np.sort(first.sum(axis=1)), np.sort(X.toarray().sum(axis=1)))
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in made]), first)  # a pass is the same until the epoch is over
+    made.next_epoch(None, None)
+    assert not np.array_equal(np.concatenate([x for x, _ in made]), first)
+    model = LinearNetRegressor((), max_iter=1, batch_size=100)
+    with tracemalloc_peak() as peak, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(X, np.zeros(rows)).predict(X)
+    assert peak() < X.shape[0] * X.shape[1] * 8 * 0.75, "all rows were dense at once"
+
+
+@contextlib.contextmanager
+def tracemalloc_peak():
+    tracemalloc.start()
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_weight_of_2_is_a_sample_twice_and_of_0_none(digits, estimator):
+    X, _, y, _ = digits
+    X, y = X[:150] / 16, y[:150] if estimator is LinearNetClassifier else X[:150, 20] * 0.1
+    weights = np.random.default_rng(0).integers(0, 4, len(y)).astype(float)
+    options = {"batch_size": 10_000, "max_iter": 40, "learning_rate_init": 0.01, "hidden_layer_sizes": (8,)}
+    # one batch of all: there the two are the same but for rounding
+    weighted = estimator(**quiet(**options)).fit(X, y, sample_weight=weights)
+    repeated = estimator(**quiet(**options)).fit(np.repeat(X, weights.astype(int), axis=0), np.repeat(y, weights.astype(int)))
+    np.testing.assert_allclose(weighted.coefs_[0], repeated.coefs_[0], atol=1e-9)
+    np.testing.assert_allclose(weighted.loss_curve_, repeated.loss_curve_, rtol=1e-9)
+    without = estimator(**quiet(**{**options, "batch_size": 32})).fit(X, y, sample_weight=(weights > 0) * 1.0)
+    left = estimator(**quiet(**{**options, "batch_size": 32})).fit(X[weights > 0], y[weights > 0])
+    np.testing.assert_allclose(without.coefs_[0], left.coefs_[0], rtol=0, atol=1e-12)
+    other = estimator(**quiet(**options)).fit(X, y)
+    assert np.abs(other.coefs_[0] - weighted.coefs_[0]).max() > 1e-3
+
+
+def test_class_weights_are_weights_of_samples(digits):
+    X, _, y, _ = digits
+    X, y = X[y < 3] / 16, np.asarray(["zero", "one", "two"])[y[y < 3]]
+    options = {"max_iter": 3, "batch_size": 20}
+    of_classes = made(LinearNetClassifier, X, y, class_weight={"zero": 2.0, "one": 0.5}, **options)
+    weights = np.select([y == "zero", y == "one"], [2.0, 0.5], 1.0)
+    of_samples = LinearNetClassifier(**quiet(**options)).fit(X, y, sample_weight=weights)
+    np.testing.assert_array_equal(of_classes.coefs_[0], of_samples.coefs_[0])
+    both = LinearNetClassifier(class_weight="balanced", **quiet(**options)).fit(X, y, sample_weight=weights)
+    product = weights * compute_sample_weight("balanced", y)
+    np.testing.assert_array_equal(both.coefs_[0], LinearNetClassifier(**quiet(**options)).fit(X, y, sample_weight=product).coefs_[0])
+    assert not np.array_equal(both.coefs_[0], of_samples.coefs_[0])
+
+
+def test_balanced_weights_find_the_rare_class():
+    rng = np.random.default_rng(0)
+    y = (rng.random(2000) < 0.05).astype(int)
+    X = rng.standard_normal((2000, 3)) + y[:, np.newaxis]
+    plain, balanced = (made(LinearNetClassifier, X, y, hidden_layer_sizes=(), class_weight=w, learning_rate_init=0.02) for w in (None, "balanced"))
+    assert recall_score(y, balanced.predict(X)) > 0.75 > recall_score(y, plain.predict(X)) + 0.3
+
+
+def test_early_stopping_weighs_what_it_holds_out(digits):
+    X, _, y, _ = digits
+    weights = np.random.default_rng(0).uniform(0.1, 3, len(y))
+    model = LinearNetClassifier(**quiet(early_stopping=True, validation_fraction=0.3, max_iter=1)).fit(X / 16, y, weights)
+    _, held = model._split(y)
+    hits = model.predict(X[held] / 16) == y[held]
+    assert model.best_validation_score_ == pytest.approx(np.average(hits, weights=weights[held]), abs=1e-12)
+
+
+def test_weights_that_make_no_sense_are_named(digits, line):
+    X, _, y, _ = digits
+    with pytest.raises(ValueError, match=r"sample_weight has shape \(3,\), but there are 675 samples; give \(675,\)"):
+        LinearNetClassifier().fit(X, y, sample_weight=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"makes a weight of -1.0; weights must be >= 0"):
+        LinearNetClassifier().fit(X, y, sample_weight=-np.ones(len(y)))
+    with pytest.raises(ValueError, match="makes every weight zero"):
+        LinearNetRegressor().fit(*line, sample_weight=np.zeros(200))
+    with pytest.raises(ValueError, match="NaN"):
+        LinearNetRegressor().fit(*line, sample_weight=np.full(200, np.nan))
+    with pytest.raises(ValueError, match='class_weight="balanced" is about all samples, and partial_fit sees a part'):
+        LinearNetClassifier(class_weight="balanced").partial_fit(X, y, classes=range(10))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several labels per sample
+
+
+@pytest.fixture(scope="module")
+def labels():
+    return make_multilabel_classification(300, 12, n_classes=4, random_state=0)
+
+
+def test_several_labels_are_learned_as_well_as_by_scikit_learns_own(labels):
+    X, Y = labels
+    X = StandardScaler().fit_transform(X)
+    model = made(LinearNetClassifier, X[:200], Y[:200], hidden_layer_sizes=(20,), learning_rate_init=0.01, batch_size=50)
+    theirs = MLPClassifier((20,), learning_rate_init=0.01, batch_size=50, max_iter=30, random_state=0).fit(X[:200], Y[:200])
+    P, found = model.predict_proba(X), model.predict(X)
+    assert P.shape == found.shape == Y.shape
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, P > 0.5)
+    assert f1_score(Y[200:], found[200:], average="micro") > f1_score(Y[200:], theirs.predict(X[200:]), average="micro") - 0.05
+    always = np.tile(Y[:200].mean(axis=0) > 0.5, (100, 1))  # what needs no features
+    assert f1_score(Y[200:], found[200:], average="micro") > f1_score(Y[200:], always, average="micro")
+    assert model.score(X, Y) == (found == Y).all(axis=1).mean()
+    np.testing.assert_array_equal(model.classes_, theirs.classes_)
+    theirs.coefs_, theirs.intercepts_ = model.coefs_, model.intercepts_
+    np.testing.assert_allclose(theirs.predict_proba(X), P, rtol=1e-9, atol=1e-12)
+
+
+def test_several_labels_in_every_form(labels):
+    X, Y = labels
+    options = {"max_iter": 3, "batch_size": 40}
+    model = made(LinearNetClassifier, X, Y, **options)
+    sparse = made(LinearNetClassifier, scipy.sparse.csr_array(X), scipy.sparse.csr_array(Y), **options)
+    np.testing.assert_array_equal(model.coefs_[0], sparse.coefs_[0])
+    first = LinearNetClassifier(**quiet(batch_size=40))
+    first.partial_fit(X, Y, classes=range(4)).partial_fit(X, Y)
+    assert first.n_iter_ == 2
+    stopped = made(LinearNetClassifier, X, Y, early_stopping=True, max_iter=4)
+    assert 0 <= stopped.best_validation_score_ <= 1
+    with pytest.raises(ValueError, match=r"y has shape \(300,\), but this model is for several labels per sample"):
+        first.partial_fit(X, Y[:, 0])
+    with pytest.raises(ValueError, match=r"y has 3 columns, but this model is for 4 labels"):
+        first.partial_fit(X, Y[:, :3])
+    with pytest.raises(ValueError, match="but this model is for one label per sample"):
+        LinearNetClassifier().partial_fit(X, Y[:, 0], classes=[0, 1]).partial_fit(X, Y)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -367,6 +367,7 @@ def test_a_callback_that_lowers_the_learning_rate_is_no_other_training(tmp_path)
 def test_bad_steps_count_across_a_resume(backend, tmp_path):
     class Bad(SoftmaxCrossEntropy):
         def __init__(self, steps):
+            super().__init__()
             self.steps, self.calls = steps, -1  # fit looks at one row before
 
         def forward(self, Z, target):

@@ -11,6 +11,8 @@ fitted attributes have the names of `MLPClassifier` where they mean the same. Wh
   faster in float32.
 - `solver` is one of this library's optimizers, and `weight_decay` theirs; there is no `alpha`, which MLPClassifier divides
   by the number of samples.
+- Labels may be several per sample, and `X` sparse. Weights of samples and classes are factors in a batch's mean; training by
+  mini-batches has no more than that to promise, so two samples of weight 1 are not one of weight 2 to the last bit.
 - `init`: how the first weights are drawn, see `Linear`; `"auto"` is as MLPClassifier draws them, biases too.
 """
 

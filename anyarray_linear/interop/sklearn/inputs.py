@@ -1,4 +1,4 @@
-"""What users of scikit-learn hand over, as arrays: rows of any `X`, labels, and sample weights."""
+"""What users of scikit-learn hand over, as arrays: labels of any kind, and weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sklearn.utils import check_array
 from sklearn.utils.class_weight import compute_sample_weight
 
 from ...arrays.device import Device
-from ...arrays.place import Array, computing_on, is_array
+from ...arrays.place import Array, is_array
 
 Host = np.ndarray[Any, Any]
 
@@ -19,12 +19,6 @@ Host = np.ndarray[Any, Any]
 def where(X: Any) -> AbstractContextManager[Any]:
     """A context in which scikit-learn computes where `X` is; with CuPy arrays, it does so on the current device."""
     return Device.of(X) if is_array(X) else nullcontext()
-
-
-def rows_of(X: Array, rows: Host) -> Array:
-    """Those rows of `X`, where it is."""
-    with computing_on(X) as xp:
-        return xp.take(X, Device.of(X).asarray(rows), axis=0)
 
 
 def on_host(y: Any) -> Host:

@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any, Self
 
 import numpy as np
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
@@ -25,8 +26,8 @@ from ...arrays.selection import select_device
 from ...linear import Linear
 from ...optimizers import SGD, Adam, AdamW
 from ...sequential import Sequential
-from ...training import fit, predict
-from .inputs import Host, on_host, rows_of, where
+from .inputs import Host, on_host, weights_of, where
+from .samples import Samples, outputs
 from .stopping import Watch, take_weights
 
 _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
@@ -99,6 +100,7 @@ class LinearNet(BaseEstimator):  # type: ignore[misc]
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
         tags.array_api_support = self.device is None  # for scikit-learn that means: everything stays where X is
         return tags
 
@@ -138,15 +140,22 @@ class LinearNet(BaseEstimator):  # type: ignore[misc]
         """How many numbers the model gives per sample."""
         raise NotImplementedError
 
-    def _score(self, Z: Host, targets: Host) -> float:
+    def _weights(self, y: Array, sample_weight: Any) -> Host | None:
+        """The weight of each sample, or `None` where all count alike."""
+        return weights_of(sample_weight, None, on_host(y))
+
+    def _score(self, Z: Host, targets: Host, weights: Host | None) -> float:
         """How good the outputs `Z` are, for early stopping."""
         raise NotImplementedError
 
     # -----------------------------------------------------------------------------------------------------------------
     # Training
 
-    def fit(self, X: Any, y: Any) -> Self:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Train a new model on `X` `(n_samples, n_features)` and `y`, and return the estimator.
+
+        X: an array, a DataFrame, or a sparse matrix, of which a batch at a time is made dense.
+        sample_weight: a number >= 0 per sample; a batch's loss is the weighted mean, and a sample of weight 0 is left out.
 
         Training ends after `max_iter` epochs, or when the loss (with `early_stopping`, the score on held-out samples) has
         not improved by `tol` for more than `n_iter_no_change` epochs; then the weights of the best epoch are kept, if there
@@ -161,15 +170,15 @@ class LinearNet(BaseEstimator):  # type: ignore[misc]
             earlier = None
         X, y = self._validated(X, y, reset=earlier is None)
         self._look_at(y, earlier is None)
-        targets = self._encoded(y)
+        samples = Samples(X, self._encoded(y), self._weights(y, sample_weight)).that_count()
         self._begin(X, earlier)
         score = None
         if self.early_stopping:
-            rows, held = self._split(targets)
-            score = self._scorer(rows_of(X, held), targets[held])
-            X, targets = rows_of(X, rows), targets[rows]
+            rows, held = self._split(samples.targets)
+            score = self._scorer(samples.rows(held))
+            samples = samples.rows(rows)
         watch, epochs_before = Watch(score, self.tol, self.n_iter_no_change), self.n_iter_
-        self._train(X, targets, self.max_iter, callbacks=[watch])
+        self._train(samples, self.max_iter, callbacks=[watch])
         if score is not None:
             self.validation_scores_ = watch.scores
             self.best_validation_score_ = watch.best
@@ -190,7 +199,7 @@ class LinearNet(BaseEstimator):  # type: ignore[misc]
 
     def _begin(self, X: Array, earlier: Any = None) -> None:
         """A new model and optimizer, for data like `X`; with the weights of an `earlier` model, if there is one."""
-        place = Device.of(X) if self.device is None else select_device(self.device)
+        place = _home(X) if self.device is None else select_device(self.device)
         dtype = self.dtype
         if dtype is None:
             dtype = "float32" if dtype_name(X.dtype) in ("float16", "float32") else "float64"
@@ -249,18 +258,16 @@ class LinearNet(BaseEstimator):  # type: ignore[misc]
         )
         return np.sort(rows), np.sort(held)
 
-    def _scorer(self, X: Array, targets: Host) -> Callable[[], float]:
+    def _scorer(self, held: Samples) -> Callable[[], float]:
         """A function that scores the model as it is by then."""
-        return lambda: self._score(on_host(predict(self.model_, X)), targets)
+        return lambda: self._score(on_host(outputs(self.model_, held.X)), held.targets, held.weights)
 
-    def _train(self, X: Array, targets: Host, epochs: int, **options: Any) -> None:
+    def _train(self, samples: Samples, epochs: int, **options: Any) -> None:
         batch_size = self.batch_size
         if isinstance(batch_size, str):
-            batch_size = _named("batch_size", batch_size, {"auto": min(200, X.shape[0])})
-        history = fit(
+            batch_size = _named("batch_size", batch_size, {"auto": min(200, len(samples))})
+        history = samples.train(
             self.model_,
-            X,
-            self._placed(X, targets),
             loss=self._loss,
             optimizer=self._optimizer,
             epochs=epochs,
@@ -274,11 +281,7 @@ class LinearNet(BaseEstimator):  # type: ignore[misc]
         if history.interrupted:
             warnings.warn("training was interrupted; the model is as trained so far", stacklevel=3)
 
-    def _placed(self, X: Array, targets: Host) -> Array:
-        """The targets where `X` is, numbers in the model's dtype."""
-        return Device.of(X).asarray(targets, self._linear("dtype")[0].dtype if targets.dtype.kind == "f" else None)
-
-    def _continue(self, X: Any, y: Any, known: Any = None) -> Self:
+    def _continue(self, X: Any, y: Any, sample_weight: Any, known: Any = None) -> Self:
         """One pass over the samples, with the model there is, if there is one; `known`: all targets, if not those of `y`."""
         if self.early_stopping:
             raise ValueError("partial_fit is one pass, and early_stopping is about many; set early_stopping=False")
@@ -287,11 +290,11 @@ class LinearNet(BaseEstimator):  # type: ignore[misc]
         X, y = self._validated(X, y, reset=first)
         if first:
             self._look_at(y if known is None else known, True)
-        targets = self._encoded(y)
+        samples = Samples(X, self._encoded(y), self._weights(y, sample_weight)).that_count()
         if first:
             self._begin(X)
         self._check_place(X, "partial_fit")
-        self._train(X, targets, 1)
+        self._train(samples, 1)
         return self
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -322,18 +325,23 @@ class LinearNet(BaseEstimator):  # type: ignore[misc]
         """The outputs `Z` `(n_samples, outputs)` of the model, where `X` is."""
         check_is_fitted(self, "model_")
         with where(X):
-            X = validate_data(self, X, reset=False)
+            X = validate_data(self, X, reset=False, accept_sparse="csr")
         self._check_place(X, method)
-        return predict(self.model_, X)
+        return outputs(self.model_, X)
 
     def _check_place(self, X: Array, method: str) -> None:
         place = self._linear("device")[0].device
-        if self.device is None and Device.of(X) != place:
+        if self.device is None and _home(X) != place:
             raise ValueError(
                 f"Inputs passed to {type(self).__name__}.{method}() must use the same namespace and the same device as "
                 f"those passed to fit(): X is {describe(X)}, but the model is on {place}; pass arrays of that device, or "
                 'move the model with estimator.model_ = estimator.model_.to("cpu"), say'
             )
+
+
+def _home(X: Any) -> Device:
+    """Where `X` is; sparse matrices are SciPy's."""
+    return select_device("cpu") if issparse(X) else Device.of(X)
 
 
 def _named(name: str, value: Any, choices: dict[str, Any]) -> Any:

@@ -37,13 +37,13 @@ class LinearNetRegressor(RegressorMixin, LinearNet):  # type: ignore[misc]
         tags.target_tags.multi_output = True
         return tags
 
-    def partial_fit(self, X: Any, y: Any) -> Self:
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """One pass over `X` and `y`, going on from the model there is. Raises as `fit`."""
-        return self._continue(X, y)
+        return self._continue(X, y, sample_weight)
 
     def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Array, Array]:
         with where(X):
-            X, y = validate_data(self, X, y, reset=reset, multi_output=True, y_numeric=True)
+            X, y = validate_data(self, X, y, reset=reset, multi_output=True, y_numeric=True, accept_sparse="csr")
         return X, y
 
     def _look_at(self, y: Array, new: bool) -> None:
@@ -59,8 +59,8 @@ class LinearNetRegressor(RegressorMixin, LinearNet):  # type: ignore[misc]
     def _outputs(self) -> int:
         return math.prod(self._target_shape)
 
-    def _score(self, Z: Host, targets: Host) -> float:
-        return float(r2_score(targets, Z.reshape(targets.shape)))
+    def _score(self, Z: Host, targets: Host, weights: Host | None) -> float:
+        return float(r2_score(targets, Z.reshape(targets.shape), sample_weight=weights))
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The coefficient of determination of `predict`, averaged over the targets."""
