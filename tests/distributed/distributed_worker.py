@@ -388,7 +388,7 @@ class Scenarios:
 
     def slow_results(self):
         """The command, where rank 0 writes its report only once all others have left."""
-        from anyarray_linear.cli import train
+        from anyarray_linear.cli import _training as train
         from anyarray_linear.cli._app import app
 
         left = [self.folder / f"{rank}.left" for rank in range(1, self.group.size)]
