@@ -20,7 +20,7 @@ device gives the same ones, bit for bit. All arithmetic is on unsigned 32-bit in
 
     hash(x):   x ^= x >> 16;  x *= 0x21F0AAAD;  x ^= x >> 15;  x *= 0x735A2D97;  x ^= x >> 15
     key:       a = 0;  for word in (seed mod 2^32, seed >> 32, step mod 2^32, step >> 32):  a = hash((a ^ word) + 0x9E3779B9)
-               b = hash(a + 0x9E3779B9)
+               b = hash(a + 0x9E3779B9)               a rank r > 0 of a group has r as a fifth word
     element i: x = i + a                                  i counts in C order, modulo 2^32
                x ^= x >> 16;  x *= 0x21F0AAAD;  x ^= x >> 15;  x *= 0x735A2D97
                x ^= b
@@ -78,6 +78,9 @@ class Dropout:
     array([1., 1., 1., 1., 1., 1., 1., 1.])
     """
 
+    stream: int = 0
+    """Which of several streams of masks: in a group, `fit` gives each rank the one of its number."""
+
     def __init__(self, rate: float, seed: Any = None) -> None:
         self.rate = real("rate", rate, below=1.0)
         self.seed = _seed_number(seed)
@@ -89,7 +92,7 @@ class Dropout:
         with _counting:
             step = self.step
             self.step = step + 1
-        Z, K = place_of(X).run(dropped, X, self.rate, *mask_key(self.seed, step))
+        Z, K = place_of(X).run(dropped, X, self.rate, *mask_key(self.seed, step, self.stream))
         return Z, {"K": K}
 
     def gradients(
@@ -152,14 +155,14 @@ def threshold(rate: float) -> int:
     return round(rate * (1 << 24))
 
 
-def mask_key(seed: int, step: int) -> tuple[int, int]:
-    """`(a, b)`: what the words of one mask are made with.
+def mask_key(seed: int, step: int, stream: int = 0) -> tuple[int, int]:
+    """`(a, b)`: what the words of one mask are made with; a `stream` other than 0 is one more word of the key.
 
     >>> [hex(word) for word in mask_key(0, 0)]
     ['0x7f889c4e', '0x423477d0']
     """
     a = 0
-    for word in (seed & WORD, seed >> 32, step & WORD, step >> 32):
+    for word in (seed & WORD, seed >> 32, step & WORD, step >> 32, *([stream] if stream else [])):
         a = _hashed((a ^ word) + GOLDEN & WORD)
     return a, _hashed(a + GOLDEN & WORD)
 

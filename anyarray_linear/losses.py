@@ -158,7 +158,12 @@ class SoftmaxCrossEntropy:
         """What the mean divides by: the number of rows, or the sum of their weights as a 0-d array."""
         if weights is None and self.is_plain:
             return math.prod(Z.shape[:-1])
-        return place_of(Z).run(targets_of_cross_entropy, Z, target, *self._options(Z, weights))[1]
+        return self.targets(Z, target, weights)[1]
+
+    def targets(self, Z: Array, target: Array, weights: Array | None = None) -> tuple[Array, Array]:
+        """How much each column of each row counts, of the shape of `Z`, and what the mean divides by, a 0-d array."""
+        found: tuple[Array, Array] = place_of(Z).run(targets_of_cross_entropy, Z, target, *self._options(Z, weights))
+        return found
 
     def _options(self, Z: Array, weights: Array | None) -> tuple[Any, ...]:
         classes = None if self.class_weights is None else as_row("class_weights", self.class_weights, Z)

@@ -9,6 +9,7 @@ from .arrays.checks import check_alike
 from .arrays.place import Array, computing_on
 from .linear import Linear
 from .protocol import Layer, is_trained, join, leaves, parameters, store_gradients
+from .summary import summary
 
 
 class _Structure(NamedTuple):
@@ -137,6 +138,21 @@ class Sequential:
     def leaves(self) -> list[tuple[str, Any]]:
         """`[(name, layer), ...]`: each distinct layer object once, depth first, under its first position."""
         return list(self._names().leaves)
+
+    def summary(self) -> str:
+        """A table of the layers as text: outputs, parameters, bytes and devices.
+
+        >>> from anyarray_linear import Dropout, ReLU
+        >>> first, last = Linear(64, 32, dtype="float32"), Linear(32, 10, dtype="float32")
+        >>> print(Sequential(first, ReLU(), Dropout(0.2), last).summary())
+        layer           output     parameters  bytes  device
+        0      Linear   (..., 32)       2,080  8,320  cpu
+        1      ReLU     (..., 32)
+        2      Dropout  (..., 32)
+        3      Linear   (..., 10)         330  1,320  cpu
+        2,410 parameters; 9,640 bytes
+        """
+        return summary(self)
 
     def collapse(self) -> Sequential:
         """The same function with each run of adjacent `Linear` layers merged into one.

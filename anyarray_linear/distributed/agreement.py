@@ -9,23 +9,38 @@ from typing import Any
 import numpy as np
 
 from ..arrays.device import Device
-from ..protocol import join, leaves, parameters
+from ..arrays.place import is_array
+from ..protocol import join, leaves, parameters, state_of, states
 
 
-def snapshot(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Weights and optimizer on the host, to be sent."""
+def sendable(model: Any, optimizer: Any) -> dict[str, Any]:
+    """Weights, states and optimizer on the host, to be sent."""
     rule = optimizer.state_dict()
     moments = {name: {m: Device.of(x).to_numpy(x) for m, x in own.items()} for name, own in rule["moments"].items()}
     weights = {name: Device.of(W).to_numpy(W) for name, W in parameters(model).items()}
-    return {"weights": weights, "optimizer": {**rule, "moments": moments}}
+    return {"weights": weights, "states": sendable_states(model), "optimizer": {**rule, "moments": moments}}
+
+
+def sendable_states(model: Any) -> dict[str, Any]:
+    """The states of the layers, on the host."""
+    return {name: Device.of(x).to_numpy(x) if is_array(x) else x for name, x in states(model).items()}
 
 
 def adopt(model: Any, optimizer: Any, sent: Mapping[str, Any]) -> None:
-    """Be what `snapshot` saw elsewhere."""
+    """Be what `sendable` saw elsewhere."""
     optimizer.load_state_dict(sent["optimizer"])
     for name, layer in leaves(model):
         for p, W in layer.parameters().items():
             setattr(layer, p, Device.of(W).asarray(sent["weights"][join(name, p)], dtype=W.dtype))
+    adopt_states(model, sent["states"])
+
+
+def adopt_states(model: Any, sent: Mapping[str, Any]) -> None:
+    """Have the states that `sendable_states` saw elsewhere."""
+    for name, layer in leaves(model):
+        for s, here in state_of(layer).items():
+            value = sent[join(name, s)]
+            setattr(layer, s, Device.of(here).asarray(value, dtype=here.dtype) if is_array(here) else value)
 
 
 def settings(x: Any) -> str:
@@ -41,7 +56,7 @@ def digest(model: Any, optimizer: Any, *more: Any) -> str:
     """The SHA-256 of weights, optimizer and whatever else has to be equal on all ranks."""
     import hashlib
 
-    state = snapshot(model, optimizer)
+    state = sendable(model, optimizer)
     found = hashlib.sha256(repr((state["optimizer"]["steps"], more)).encode())
     for name, W in state["weights"].items():
         for x in (W, *state["optimizer"]["moments"].get(name, {}).values()):

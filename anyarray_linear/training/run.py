@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from ..arrays.place import Array, computing_on, dtype_name
-from ..distributed.agreement import adopt, digest, settings, snapshot
+from ..distributed.agreement import adopt, adopt_states, digest, sendable, sendable_states, settings
 from ..distributed.group import Group
+from ..dropout import Dropout
 from ..guard import Guard
-from ..protocol import parameters
+from ..protocol import leaves, parameters, states
 from ..step import TrainingStep, loss_and_gradients
 from .batches import Batches
 from .data import Data, epoch_order
@@ -108,8 +109,11 @@ class Run:
             }
         )
         self.group.claim(self.data.device)
+        for _, layer in leaves(self.model):
+            if isinstance(layer, Dropout):  # ranks have other rows, so they drop other elements
+                layer.stream = self.group.rank
         first = self.group.rank == 0
-        own = (snapshot(self.model, self.optimizer), {**self.state(), "history": self.history.rows}) if first else None
+        own = (sendable(self.model, self.optimizer), {**self.state(), "history": self.history.rows}) if first else None
         sent = self.group.exchange(own)[0]
         if not first:
             adopt(self.model, self.optimizer, sent[0])
@@ -128,6 +132,9 @@ class Run:
         if self.group.size > 1:
             state = digest(self.model, self.optimizer, self.seed.entropy, self.seed.spawn_key, self.epoch, self.step)
             self.group.check(state, f"after epoch {self.epoch}")
+            if states(self.model):  # ranks have seen other rows; rank 0's are what a checkpoint has, and all go on from
+                sent = self.group.exchange(sendable_states(self.model) if not self.group.rank else None)[0]
+                adopt_states(self.model, sent)
         self.stopped = any(self.group.exchange(stop))
 
     def steps(self, wants_stop: Callable[[], bool]) -> Iterator[None]:

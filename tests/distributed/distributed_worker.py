@@ -18,6 +18,7 @@ import numpy as np
 from anyarray_linear import (
     SGD,
     Adam,
+    Dropout,
     Linear,
     MeanSquaredError,
     ReLU,
@@ -109,6 +110,36 @@ class InUnits(MeanSquaredError):
         self.unit = unit
 
 
+class Centred:
+    """A layer with a state: the running mean of its input, which is taken away."""
+
+    def __init__(self):
+        self.mean = np.zeros(8)
+
+    def forward(self, X):
+        if len(X):
+            self.mean = 0.9 * self.mean + 0.1 * X.mean(axis=0)
+        return X - self.mean, None
+
+    def gradients(self, dZ, cache, *, needs_dX=True):
+        return dZ, {}
+
+    def backward(self, dZ, cache, *, accumulate=False, needs_dX=True):
+        return dZ
+
+    def parameters(self):
+        return {}
+
+    def state(self):
+        return {"mean": self.mean}
+
+    def to(self, device=None, dtype=None):
+        return self
+
+    def __call__(self, X):
+        return X - self.mean
+
+
 def fail(value):
     raise ValueError("this rank has had enough")
 
@@ -137,6 +168,18 @@ class Scenarios:
 
     def linear_accumulated(self):
         return self.linear(accumulate=2)
+
+    def weighted(self):
+        model = linear_model("float64")
+        fit(model, *linear_data("float64"), group=self.group, sample_weight=np.arange(ROWS) % 4.0, microbatches=2, **linear_options())
+        return weights(model)
+
+    def stateful(self):
+        model = Sequential(Linear(6, 8, seed=1), Centred(), Dropout(0.5, seed=2), Linear(8, 3, seed=3))
+        model[2].step = 100 * self.rank  # fit starts from rank 0's
+        fit(model, *deep_data(), group=self.group, **deep_options())
+        first = model[2].forward(np.ones((4, 8)))[1]["K"]
+        return {"weights": weights(model), "mean": model[1].mean, "step": model[2].step, "stream": model[2].stream, "mask": first}
 
     def adam(self):
         return self.deep()
@@ -275,7 +318,7 @@ class Scenarios:
 
     def fault(self):
         """The command, with a fault of the program on rank 1, which needs its traceback."""
-        from anyarray_linear.cli import train
+        from anyarray_linear.cli import _training as train
         from anyarray_linear.cli._app import app
 
         def norms(*arguments):
@@ -345,7 +388,7 @@ class Scenarios:
 
     def slow_results(self):
         """The command, where rank 0 writes its report only once all others have left."""
-        from anyarray_linear.cli import train
+        from anyarray_linear.cli import _training as train
         from anyarray_linear.cli._app import app
 
         left = [self.folder / f"{rank}.left" for rank in range(1, self.group.size)]

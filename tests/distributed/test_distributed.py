@@ -56,6 +56,7 @@ TOGETHER = [
     "linear", "linear_accumulated", "adam", "momentum", "half", "one_message", "rank0_rules", "stop", "callback", "nan_skipped",
     "nan_fatal", "nan_slow", "failure", "failure_before", "disagreement", "other_weights", "other_optimizer",
     "other_moments", "differences", "other_files", "fault",
+    "weighted", "stateful",
 ]  # fmt: skip
 BOUND = 120.0  # seconds in which every job must have ended that loses a rank; they take 1 to 8
 PATIENCE = 600.0  # for jobs that only have to come to their end
@@ -177,6 +178,26 @@ def test_ranks_reach_the_weights_of_one_process_within_rounding(together, size, 
 def test_micro_batches_on_ranks_reach_the_weights_of_one_process(together):
     for scenarios in together(4)[0]:
         assert_linear_as_one_process(scenarios["linear_accumulated"]["float64"], "float64")
+
+
+@needs_mpi
+def test_weights_of_samples_mean_on_ranks_what_they_mean_in_one_process(together):
+    """The weighted mean is that over the whole batch, also where all that a rank has of it weighs nothing."""
+    model, w = worker.linear_model("float64"), np.arange(worker.ROWS) % 4.0
+    fit(model, *worker.linear_data("float64"), sample_weight=w, **worker.linear_options())
+    for scenarios in together(4)[0]:
+        assert largest_difference(scenarios["weighted"], worker.weights(model)) < 1e-12
+
+
+@needs_mpi
+def test_states_are_those_of_rank_0_after_each_epoch_and_masks_differ(together):
+    first, *others = (scenarios["stateful"] for scenarios in together(4)[0])
+    for rank, other in enumerate(others, 1):
+        assert largest_difference(other["weights"], first["weights"]) == 0
+        assert np.array_equal(other["mean"], first["mean"])
+        assert other["step"] == first["step"]
+        assert other["stream"] == rank
+        assert not np.array_equal(other["mask"], first["mask"])
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 10, 99])

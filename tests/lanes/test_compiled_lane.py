@@ -22,6 +22,7 @@ from anyarray_linear import (
     SGD,
     Adam,
     AdamW,
+    BinaryCrossEntropy,
     Linear,
     MeanSquaredError,
     ReLU,
@@ -197,6 +198,48 @@ def test_targets_and_shapes(target, bias, sizes, dtype):
     else:
         y = random(rows, classes, dtype=dtype)
     assert_right(step, random(rows, sizes[0], dtype=dtype), y, dtype)
+
+
+OPTIONS = {
+    "class weights": (lambda: SoftmaxCrossEntropy(class_weights=[1.0, 2.0, 0.0, 0.5]), "ids"),
+    "smoothing": (lambda: SoftmaxCrossEntropy(label_smoothing=0.1), "ids"),
+    "smoothed rows": (lambda: SoftmaxCrossEntropy(label_smoothing=0.1), "rows"),
+    "ignored": (lambda: SoftmaxCrossEntropy(ignore_id=0), "ids"),
+    "all of them": (lambda: SoftmaxCrossEntropy([1.0, 2.0, 3.0, 0.5], 0.2, ignore_id=3), "ids"),
+    "cross-entropy": (SoftmaxCrossEntropy, "ids"),
+    "rows": (SoftmaxCrossEntropy, "rows"),
+    "squared": (MeanSquaredError, "rows"),
+    "squared, of integers": (MeanSquaredError, "labels"),
+    "binary": (BinaryCrossEntropy, "labels"),
+    "binary, of bools": (BinaryCrossEntropy, "bools"),
+    "binary, of shares": (BinaryCrossEntropy, "rows"),
+    "positive weights": (lambda: BinaryCrossEntropy([1.0, 3.0, 0.0, 0.5]), "labels"),
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_losses_and_their_options(name, weighted, dtype):
+    loss, kind = OPTIONS[name]
+    rows = 24
+    X = random(rows, 6, dtype=dtype)
+    y = {
+        "ids": np.arange(rows) % 4,
+        "rows": np.abs(random(rows, 4, dtype=dtype)) % 1,
+        "labels": (random(rows, 4) > 0).astype("int64"),
+        "bools": random(rows, 4) > 0,
+    }[kind]
+    counts = np.abs(random(rows, dtype=dtype)) * (np.arange(rows) % 5 > 0) if weighted else None
+    compiled, portable = (TrainingStep(Linear(6, 4, dtype=dtype, seed=0), loss(), SGD(1.0)) for _ in range(2))
+    value = compiled(X, y, counts)
+    assert compiled.how.startswith("compiled"), compiled.how
+    with lanes.off():
+        expected = portable(X, y, counts)
+    # every element of dZ is at most some 3 in size, and a mean: no sum is larger than the largest of X
+    few = gamma(60, unit_roundoff(dtype)) * 3 * np.abs(X).max()
+    assert abs(value - expected) <= few * max(1, abs(expected))
+    for p, W in weights(compiled).items():
+        assert np.abs(W - weights(portable)[p]).max() <= few
 
 
 def test_products_that_are_cut_for_threads(dtype, monkeypatch):
@@ -658,7 +701,7 @@ def run(code, **environment):
     """
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(start) + textwrap.dedent(code)],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=100, check=False,
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ threads.
 # the control block of one program, in int64; what threads write at once lies 64 bytes apart
 NEXT, DONE, FLAGS = 0, 8, 16
 TOTAL, OPERATIONS, GEMM, WIDE, NUMBERS, YIELD, LOCAL, DATA = range(24, 32)
-X, LDX, Y, ORDER = range(32, 36)  # X, Y and ORDER are NumPy's array objects, whose data are where DATA says
+X, LDX, Y, ORDER, WEIGHTS = range(32, 37)  # all but LDX are NumPy's array objects, whose data are where DATA says
 CONTROL = 40
 
 # an operation, in int64
@@ -23,7 +23,7 @@ IDS, ROWS, SQUARED, BINARY = range(4)
 PLAIN, MOMENTUM, ADAM = range(3)
 
 # the numbers of a step, in float64
-VALUE, APPLY, SCALE, CLIP, GUARDED, CLOSED, FINITE = range(7)
+VALUE, APPLY, SCALE, CLIP, GUARDED, CLOSED, FINITE, FACTOR = range(8)
 RULE = 8  # and the scalars of the rule from there on
 COUNT = 24
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...activations import GELU, ReLU, Sigmoid, SiLU, Tanh
+from ...binary import BinaryCrossEntropy
 from ...linear import Linear
 from ...losses import MeanSquaredError, SoftmaxCrossEntropy
 from ...optimizers import SGD, Adam, AdamW
@@ -37,6 +38,7 @@ DATA = object.__basicsize__
 interface since its beginning. Read by compiled code, it costs nothing; `ndarray.ctypes.data` costs over a microsecond."""
 
 _ACTIVATIONS = {ReLU: at.RELU, Tanh: at.TANH, Sigmoid: at.SIGMOID, SiLU: at.SILU}
+_LOSSES = {SoftmaxCrossEntropy: at.IDS, MeanSquaredError: at.SQUARED, BinaryCrossEntropy: at.BINARY}
 _KEEPS_OUTPUT = at.NONE, at.RELU, at.TANH, at.SIGMOID
 
 
@@ -101,12 +103,9 @@ def rule_of(optimizer: Any) -> int:
 
 def loss_kind(loss: Any) -> int:
     """The number of a loss with class ids, or with rows for one that has no ids. Raises `Declined`."""
-    if any(value is not None and value != 0 for value in vars(loss).values()):
-        raise Declined(f"{loss!r}, with its options, is not compiled")
-    if type(loss) is SoftmaxCrossEntropy:
-        return at.IDS
-    if type(loss) is MeanSquaredError:
-        return at.SQUARED
+    kind = _LOSSES.get(type(loss))
+    if kind is not None:
+        return kind
     raise Declined(f"the loss {type(loss).__name__} is not compiled")
 
 
@@ -143,6 +142,7 @@ class Program:
         *,
         target: int | None = None,
         target_width: int = 1,
+        positive: Host | None = None,
         gather: bool = False,
         looks: bool = False,
         flat: Any = None,
@@ -151,7 +151,8 @@ class Program:
         yielding: int = 0,
     ) -> None:
         self.dtype, self.rows, self.threads, self.itemsize = dtype, rows, threads, dtype.itemsize
-        self.kept: list[Any] = [flat, gradients]
+        self.kept: list[Any] = [flat, gradients, positive]
+        self.positive = 0 if positive is None else positive.ctypes.data
         self.operations: list[list[int]] = []
         self.tickets = self.after = 0
         self.largest = self.work = 0  # multiplications in a tile, and in all
@@ -251,13 +252,12 @@ class Program:
         """The operations from the loss to the update."""
         stages, n, target = self._stages, self.rows, self._target
         classes = stages[-1].out
-        elements = n if target in (at.IDS, at.ROWS) else n * classes
         chunk = max(1, ROWS // classes)
         tiles = -(-n // chunk)
         partial = self.array(tiles, np.dtype(np.float64))
         widest = max(stage.out for stage in stages)
         D, other = self.array(n * widest), self.array(n * widest)
-        self.add(at.LOSS, tiles, self._out, D, y, n, classes, int(target or 0), chunk, partial, 0, 0, elements)
+        self.add(at.LOSS, tiles, self._out, D, y, n, classes, int(target or 0), chunk, partial, self.positive)
         self.barrier()
         judge = [partial, tiles, 0, 0, gradients.ctypes.data, gradients.size]
         if not self._looks:

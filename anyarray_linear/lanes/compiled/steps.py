@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from struct import Struct
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from ...arrays.cores import usable_cores
 from ...arrays.place import Array, Namespace
+from ...averages import shares, weights_of_rows
 from ...binding import flat_of
 from ...guard import Guard
 from ...linear import Linear
@@ -29,7 +31,7 @@ _LONG = 1 << 22
 """Multiplications in a step from which on other Python threads may run beside it."""
 
 
-_put_arrays, _put_adam, _put_sgd = (cast(Any, Struct(form)).pack_into for form in ("4q", "8d", "5d"))
+_put_arrays, _put_adam, _put_sgd = (cast(Any, Struct(form)).pack_into for form in ("5q", "8d", "5d"))
 
 
 class Plan:
@@ -43,7 +45,7 @@ class Plan:
         if self.dtype.name not in ("float32", "float64") or not self.dtype.isnative:
             raise Declined(f"{self.dtype.name} is not compiled")
         self.rule, self.loss_kind = rule_of(optimizer), loss_kind(step.loss)
-        self.loss_options = dict(vars(step.loss))
+        self.positive = getattr(step.loss, "positive_weights", None)
         self.layers = layers_of(model)
         trained = {id(layer) for _, layer in self.bound.leaves}
         if not any(layer.parameters() and id(layer) in trained for layer in self.layers):
@@ -73,9 +75,9 @@ class Plan:
         bound = step.optimizer.bind(step.model)
         if flat_of(xp, bound) is not self.flat or bound.leaves != self.bound.leaves:
             return False
-        if layers_of(step.model) != self.layers or vars(step.loss) != self.loss_options:
+        if layers_of(step.model) != self.layers:
             return False
-        if rule_of(step.optimizer) != self.rule:
+        if rule_of(step.optimizer) != self.rule or getattr(step.loss, "positive_weights", None) != self.positive:
             return False
         if any(layer.W is not W or layer.b is not b for layer, W, b, _ in self.watched if id(layer) in self.frozen):
             return False
@@ -95,7 +97,7 @@ class Plan:
         optimizer = step.optimizer
         if optimizer.bound is not self.bound or optimizer.moment_names != self.bound.moment_names:
             return False
-        if vars(step.loss) != self.loss_options:
+        if getattr(step.loss, "positive_weights", None) is not self.positive:
             return False
         for container, layers in self.containers:
             if container.layers is not layers:
@@ -105,11 +107,19 @@ class Plan:
                 return False
         return True
 
-    def take(self, xp: Namespace, step: TrainingStep, X: Host, y: Host, order: Host | None, rows: int) -> Array | None:
+    def take(
+        self, xp: Namespace, step: TrainingStep, X: Host, y: Host, weights: Host | None, order: Host | None, rows: int
+    ) -> Array | None:
         """The loss of a step, which is done; `None` where the portable definition has to say what is wrong, or is needed."""
-        shape = (*X.shape[:-1], self.out)  # of Z, without an order
-        kind, target = self._target(shape, y)
-        if target is None or rows == 0:
+        shape = (*X.shape[:-1], self.out)  # of Z; with an order, of all rows
+        if rows == 0:
+            return None
+        if weights is not None or (self.loss_kind == at.IDS and not step.loss.is_plain):
+            kind, target, counts, factor = self._weighted(xp, step.loss, shape, y, weights)
+        else:
+            kind, target = self._target(shape, y)
+            counts, factor = None, 1 / (rows if self.loss_kind == at.IDS else rows * self.out)
+        if target is None:
             return None
         optimizer, guard = step.optimizer, step.guard
         clip = optimizer.clip_norm
@@ -122,6 +132,7 @@ class Plan:
             width = 1 if kind == at.IDS else self.out
             program = self.programs[key] = Program(
                 self.stages, self.dtype, self.blas, self.threads, rows, target=kind, target_width=width,
+                positive=None if self.positive is None else np.asarray(self.positive, self.dtype),
                 gather=order is not None, looks=looks, flat=self.flat, gradients=self.gradients, rule=self.rule,
                 yielding=yielding(),
             )  # fmt: skip
@@ -139,10 +150,11 @@ class Plan:
         apart, size = X.strides[0], X.itemsize
         if X.strides[1] != size or apart % size or apart < X.shape[1] * size or self.stages[0].layer is None:
             X = np.ascontiguousarray(X)  # a product takes rows that are apart, an activation does not
-        arrays = id(X), X.strides[0] // size, id(target), 0 if order is None else id(order)
-        _put_arrays(program.control, 8 * at.X, *arrays)
+        others = (0 if x is None else id(x) for x in (order, counts))
+        _put_arrays(program.control, 8 * at.X, id(X), X.strides[0] // size, id(target), *others)
+        numbers[at.FACTOR] = factor
         step.whole = False
-        others = self._run(program)
+        helpers = self._run(program)
         if program.control[at.FLAGS]:
             step.whole = True
             return None
@@ -154,8 +166,12 @@ class Plan:
         else:
             optimizer.stepped(step.model, self.bound)
         step.whole = True
-        step.how = self.told[others]
+        step.how = self.told[helpers]
         return np.asarray(value, self.dtype)
+
+    def gathers(self, step: TrainingStep) -> bool:
+        """Whether compiled code can take the rows of the target itself."""
+        return self.loss_kind != at.IDS or bool(step.loss.is_plain)
 
     def _run(self, program: Program) -> int:
         """Run it; by how many threads beside this one."""
@@ -193,9 +209,27 @@ class Plan:
                 return at.ROWS, np.ascontiguousarray(y, self.dtype)
             return 0, None
         column = len(shape) == 2 and shape[1] == 1 and y.shape == shape[:1]
-        if y.dtype == self.dtype and (y.shape == shape or column):
-            return self.loss_kind, np.ascontiguousarray(y)
+        if (y.dtype == self.dtype or y.dtype.kind in "biu") and (y.shape == shape or column):
+            return self.loss_kind, np.ascontiguousarray(y, self.dtype)
         return 0, None
+
+    def _weighted(
+        self, xp: Namespace, loss: Any, shape: tuple[int, ...], y: Host, weights: Host | None
+    ) -> tuple[int, Host | None, Host | None, float]:
+        """As `_target`, where not all count alike; also how much each row counts, or if `None` the factor of all."""
+        kind, target = self._target(shape, y)
+        if target is None or (weights is not None and (type(weights) is not np.ndarray or weights.dtype != self.dtype)):
+            return 0, None, None, 0.0
+        Z = np.broadcast_to(self.dtype.type(0), shape)  # its shape and dtype are all that matters
+        if self.loss_kind != at.IDS:
+            V = np.broadcast_to(shares(xp, Z, weights_of_rows(Z, weights, Z.ndim)), (*shape[:-1], 1))
+            return kind, target, np.ascontiguousarray(V), 0.0
+        if kind == at.IDS:
+            loss.check_ids(y, self.out, loss.ignore_id)
+        elif loss.ignore_id is not None:
+            return 0, None, None, 0.0
+        V, S = loss.targets(Z, y, weights)
+        return at.ROWS, np.ascontiguousarray(V, self.dtype), None, 1 / float(S) if S else math.nan
 
 
 def patience(step: TrainingStep) -> int:
@@ -228,18 +262,16 @@ def plan_for(xp: Namespace, step: TrainingStep) -> Plan | None:
     return plan
 
 
-def _fits(plan: Plan, X: Array, weights: Array | None) -> bool:
-    return (
-        weights is None and type(X) is np.ndarray and X.dtype == plan.dtype and X.ndim > 0 and X.shape[-1] == plan.width
-    )
+def _fits(plan: Plan, X: Array) -> bool:
+    return type(X) is np.ndarray and X.dtype == plan.dtype and X.ndim > 0 and X.shape[-1] == plan.width
 
 
 def compiled_step(xp: Namespace, step: TrainingStep, X: Array, y: Array, weights: Array | None) -> Array:
     """`training_step`, compiled."""
     plan = plan_for(xp, step)
     if plan is not None:
-        if _fits(plan, X, weights):
-            value = plan.take(xp, step, X, y, None, X.size // plan.width)
+        if _fits(plan, X):
+            value = plan.take(xp, step, X, y, weights, None, X.size // plan.width)
             if value is not None:
                 return value
         step.how = "portable: this batch is not one that is compiled"
@@ -250,13 +282,13 @@ def compiled_step_on_rows(
     xp: Namespace, step: TrainingStep, X: Array, y: Array, order: Array | None, start: int, stop: int, weights: Array | None
 ) -> Array:
     """`training_step_on_rows`, compiled: the rows are gathered by it too."""
-    if order is None:
+    if order is None or weights is not None:
         return training_step_on_rows(xp, step, X, y, order, start, stop, weights)
     plan = plan_for(xp, step)
-    if plan is not None and _fits(plan, X, weights) and X.ndim == 2 and X.flags.c_contiguous and y.flags.c_contiguous:
+    if plan is not None and plan.gathers(step) and _fits(plan, X) and X.ndim == 2 and X.flags.c_contiguous:
         part = order[start:stop]
-        if part.dtype == np.int64 and part.flags.c_contiguous and len(X) == len(y):
-            value = plan.take(xp, step, X, y, part, len(part))
+        if part.dtype == np.int64 and part.flags.c_contiguous and len(X) == len(y) and y.flags.c_contiguous:
+            value = plan.take(xp, step, X, y, None, part, len(part))
             if value is not None:
                 return value
     return training_step_on_rows(xp, step, X, y, order, start, stop, weights)

@@ -81,7 +81,7 @@ def work(control, like):
 def run(control, pool, others, like):
     """Run a program, with up to so many `others` of the pool, if there is one."""
     c = pointer(control, INT64)
-    for i in (at.X, at.Y, at.ORDER):
+    for i in (at.X, at.Y, at.ORDER, at.WEIGHTS):
         if c[i]:
             c[i] = pointer(c[i] + c[at.DATA], INT64)[0]
     c[at.FLAGS] = 0

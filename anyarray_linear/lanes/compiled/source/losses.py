@@ -25,44 +25,42 @@ def largest(Z, count):
 
 
 @njit(**PLAIN)
-def cross_entropy(kind, Z, D, target, c, r0, r1, classes, weights, factor, like):
+def cross_entropy(kind, Z, D, target, c, r0, r1, classes, factor, like):
     """The sum of the rows' losses, and `D = (softmax(Z) - T) factor`."""
     size, loss = size_of(like), 0.0
-    ids, T, w = pointer(target, INT64), pointer(target, like), pointer(weights, like)
+    ids, T = pointer(target, INT64), pointer(target, like)
     zero = number(like, 0.0)
     for r in range(r0, r1):
         z, d = pointer(Z + r * classes * size, like), pointer(D + r * classes * size, like)
         top = largest(z, classes)
         for j in range(classes):
             d[j] = z[j] - top
-        share = wide(w[r]) if weights else factor
         if kind == at.IDS:
             if ids[r] < 0 or ids[r] >= classes:
                 c[at.FLAGS] = 1
                 return 0.0
-            loss -= share * d[ids[r]]
+            loss -= factor * d[ids[r]]
         else:
             for j in range(classes):
                 t = T[r * classes + j]
                 if t != zero:
-                    loss -= share * (wide(t) * d[j])
+                    loss -= factor * (wide(t) * d[j])
     d = pointer(D + r0 * classes * size, like)
     for j in range((r1 - r0) * classes):
         d[j] = decay(d[j])
     for r in range(r0, r1):
         d = pointer(D + r * classes * size, like)
-        share = wide(w[r]) if weights else factor
         s = total_of(d, classes, zero)
         if kind == at.IDS:
-            loss += share * log(wide(s))
-            scale, minus = number(like, share) / s, number(like, share)
+            loss += factor * log(wide(s))
+            scale, minus = number(like, factor) / s, number(like, factor)
             for j in range(classes):
                 d[j] = d[j] * scale
             d[ids[r]] = d[ids[r]] - minus
         else:
             t = pointer(target + r * classes * size, like)
-            whole, minus = total_of(t, classes, zero), number(like, share)
-            loss += share * (wide(whole) * log(wide(s)))
+            whole, minus = total_of(t, classes, zero), number(like, factor)
+            loss += factor * (wide(whole) * log(wide(s)))
             scale = whole / s
             for j in range(classes):
                 d[j] = (d[j] * scale - t[j]) * minus
@@ -88,7 +86,7 @@ def squared_error(Z, D, target, r0, r1, classes, weights, factor, like):
 
 @njit(**PLAIN)
 def binary(Z, D, target, r0, r1, classes, weights, factor, positive, like):
-    """The sum of the rows' binary cross-entropies, and `D = (sigmoid(Z) - T) factor`, with `positive` weights of ones."""
+    """The sum of the rows' binary cross-entropies, and `D = (sigmoid(Z) (1 - T + p T) - p T) factor`."""
     size, loss, w, p = size_of(like), 0.0, pointer(weights, like), pointer(positive, like)
     one, zero = number(like, 1.0), number(like, 0.0)
     for r in range(r0, r1):
@@ -98,25 +96,28 @@ def binary(Z, D, target, r0, r1, classes, weights, factor, positive, like):
         minus = number(like, share)
         row = 0.0
         for j in range(classes):
-            extra = (p[j] - one) * t[j] if positive else zero
-            rest = log1p(wide(decay(-abs(z[j])))) + wide(either(z[j] < zero, -z[j], zero))
-            row += wide((one - t[j]) * z[j]) + wide(one + extra) * rest
-            d[j] = ((one + extra) * (sigmoid(z[j]) - one) + (one - t[j])) * minus
+            pt = p[j] * t[j] if positive else t[j]
+            rest = log1p(wide(decay(-abs(z[j]))))
+            above, below = either(z[j] > zero, z[j], zero), either(z[j] < zero, -z[j], zero)
+            row += wide(pt) * (wide(below) + rest) + wide(one - t[j]) * (wide(above) + rest)
+            d[j] = (sigmoid(z[j]) * (one - t[j] + pt) - pt) * minus
         loss += share * row
     return loss
 
 
 @njit(**PLAIN)
 def loss(op, c, tile, like):
-    Z, D, target, rows, classes, kind, chunk, partial = op[4], op[5], op[6], op[7], op[8], op[9], op[10], op[11]
-    weights, positive, elements = op[12], op[13], op[14]
+    Z, D, target, rows, classes, kind, chunk, partial, positive = (
+        op[4], op[5], op[6], op[7], op[8], op[9], op[10], op[11], op[12]
+    )  # fmt: skip
     if target == 0:
         target = c[at.Y]
+    weights, factor = c[at.WEIGHTS], pointer(c[at.NUMBERS], FLOAT64)[at.FACTOR]
     r0, r1 = tile * chunk, min((tile + 1) * chunk, rows)
-    sums, factor = pointer(partial, FLOAT64), 1.0 / elements
+    sums = pointer(partial, FLOAT64)
     if kind == at.SQUARED:
         sums[tile] = squared_error(Z, D, target, r0, r1, classes, weights, factor, like)
     elif kind == at.BINARY:
         sums[tile] = binary(Z, D, target, r0, r1, classes, weights, factor, positive, like)
     else:
-        sums[tile] = cross_entropy(kind, Z, D, target, c, r0, r1, classes, weights, factor, like)
+        sums[tile] = cross_entropy(kind, Z, D, target, c, r0, r1, classes, factor, like)
