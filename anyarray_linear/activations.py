@@ -185,23 +185,30 @@ class GELU(_Activation):
 
     def _function(self, xp: Namespace, X: Array) -> Array:
         if self.approximate == "tanh":
-            return 0.5 * X * (1.0 + xp.tanh(self._a * X * (1.0 + self._c * (X * X))))
+            near = _within(xp, X, 16.0)  # from far before that on tanh U is 1, and no square overflows
+            return 0.5 * X * (1.0 + xp.tanh(self._a * near * (1.0 + self._c * (near * near))))
         wide = _wide(xp, X)
         return xp.astype(wide * normal_cdf(xp, wide), X.dtype, copy=False)
 
     def _derivative(self, xp: Namespace, dZ: Array, X: Array) -> Array:
         if self.approximate == "tanh":
-            S = xp.minimum(X * X, 256.0)  # tanh U is flat from far before |X| = 16, and float16 overflows at |X| = 256
-            T = xp.tanh(self._a * X * (1.0 + self._c * S))
+            near = _within(xp, X, 16.0)
+            S = near * near
+            T = xp.tanh(self._a * near * (1.0 + self._c * S))
             dU = self._a * (1.0 + 3.0 * self._c * S)
-            return dZ * 0.5 * (1.0 + T + X * (1.0 - T * T) * dU)
+            return dZ * 0.5 * (1.0 + T + near * (1.0 - T * T) * dU)
         wide = _wide(xp, X)
-        near = xp.maximum(xp.minimum(wide, 40.0), -40.0)  # phi is 0 from there on, and no square overflows
+        near = _within(xp, wide, 40.0)  # phi is 0 from there on, and no square overflows
         slope = normal_cdf(xp, wide) + near * (xp.exp(-0.5 * near * near) * (1 / math.sqrt(2 * math.pi)))
         return xp.astype(dZ * slope, X.dtype, copy=False)
 
     def __repr__(self) -> str:
         return "GELU()" if self.approximate == "none" else f"GELU(approximate={self.approximate!r})"
+
+
+def _within(xp: Namespace, X: Array, most: float) -> Array:
+    """`X`, cut off at `-most` and `most`; a NaN stays one."""
+    return xp.maximum(xp.minimum(X, most), -most)
 
 
 def _wide(xp: Namespace, X: Array) -> Array:

@@ -6,6 +6,7 @@ floats that these lines take, worked out once per step. What binds an optimizer 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -254,16 +255,37 @@ def clipped(gradients: Mapping[str, Array], clip_norm: float) -> dict[str, Array
     >>> clipped({"W": np.asarray([3.0, 4.0])}, 1.0)["W"].round(3)
     array([0.6, 0.8])
     """
-    with computing_on(next(iter(gradients.values()))) as xp:
-        norm = xp.sqrt(sum(_sum_of_squares(xp, dW) for dW in gradients.values()))
-        scale = xp.minimum(clip_norm / (norm + 1e-6), 1.0)
-        return {name: dW * xp.astype(scale, dW.dtype, copy=False) for name, dW in gradients.items()}
+    first = next(iter(gradients.values()))
+    with computing_on(first) as xp:
+        # in float32 where they are float16, whose squares overflow at a norm of 256
+        half = dtype_name(first.dtype) == "float16"
+        wide = [xp.astype(dW, xp.float32) if half else dW for dW in gradients.values()]
+        down: Any = _down(xp, wide)
+        if down is None:
+            down = 1.0
+        else:  # all of what follows with the gradients as small as that
+            wide = [dW * down for dW in wide]
+            gradients = dict(zip(gradients, wide, strict=True))
+        norm = xp.sqrt(sum(xp.sum(dW * dW) for dW in wide))
+        scale = xp.minimum(clip_norm / (norm + 1e-6 * down), 1.0 / down)
+        return {name: xp.astype(dW * xp.astype(scale, dW.dtype, copy=False), first.dtype, copy=False)
+                for name, dW in gradients.items()}  # fmt: skip
 
 
-def _sum_of_squares(xp: Namespace, dW: Array) -> Array:
-    if dtype_name(dW.dtype) == "float16":  # which overflows at a norm of 256
-        dW = xp.astype(dW, xp.float32)
-    return xp.sum(dW * dW)
+def _down(xp: Namespace, gradients: list[Array]) -> Array | None:
+    """What to multiply the gradients by so that their squares do not overflow; `None` where it is known to be 1.
+
+    It is 1 or a power of 2, which changes no bit of the norm (Blue, 1978).
+    """
+    big, factor = _RANGE[dtype_name(gradients[0].dtype)]
+    largest = functools.reduce(xp.maximum, (xp.maximum(xp.max(dW), -xp.min(dW)) for dW in gradients))
+    if place_of(gradients[0]).reads_freely and largest <= big:
+        return None
+    return xp.where(largest > big, xp.full_like(largest, factor), xp.full_like(largest, 1.0))
+
+
+_RANGE = {"float32": (2.0**50, 2.0**-78), "float64": (2.0**400, 2.0**-624)}
+"""From where on gradients are scaled down, and by what: the largest numbers come down to that bound."""
 
 
 class SGDScalars(NamedTuple):

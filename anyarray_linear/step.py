@@ -11,9 +11,9 @@ from typing import Any
 
 from .arrays.checks import check_array
 from .arrays.operations import lanes_are_on
-from .arrays.place import Array, Namespace, Place, place_of
+from .arrays.place import Array, Namespace, Place, is_array, place_of
 from .guard import Guard
-from .protocol import parameters
+from .protocol import leaves, parameters, state_of
 
 Gradients = dict[str, Array]
 
@@ -28,14 +28,26 @@ def loss_and_gradients(model: Any, loss: Any, X: Array, y: Array, weights: Array
 
 def training_step(xp: Namespace, step: TrainingStep, X: Array, y: Array, weights: Array | None) -> Array:
     """The definition of a step: loss and gradients, whether they may be applied, and the update; returns the loss."""
+    kept = [] if step.guard is None else _array_states(step.model)
     value, gradients = step.gradients(step.model, step.loss, X, y, weights)
     where = None
     step.whole = False
     if step.guard is not None:
         where = step.guard.judge(step.number + 1, value, gradients.values(), step.rows or X.shape[0])
     step.optimizer.step(step.model, gradients, where=where)
+    if where is not None:
+        for layer, s, before in kept:  # what is called off changes no running mean either
+            now = getattr(layer, s)
+            if now is not before:
+                with place_of(now).entered() as here:
+                    setattr(layer, s, here.where(where, now, before))
     step.whole = True
     return value
+
+
+def _array_states(model: Any) -> list[tuple[Any, str, Array]]:
+    """The layer, attribute and array of each state that is an array."""
+    return [(layer, s, x) for _, layer in leaves(model) for s, x in state_of(layer).items() if is_array(x)]
 
 
 def training_step_on_rows(

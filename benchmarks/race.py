@@ -100,19 +100,20 @@ class Race:
         for who, worker in workers.items():
             path = folder / f"{who}.npz"
             try:
-                answer = worker.ask("prepare", case=case, results=None if who == "limit" else str(path), burst=self.burst)
+                worker.ask("prepare", case=case, results=None if who == "limit" else str(path), burst=self.burst)
                 if who != "limit":
                     expected = _loaded(path) if expected is None else expected  # of ours, who come first
                     check(LABELS[who], _loaded(path), expected)
                 able[who] = worker
                 found["left_out"].pop(who, None)
-                if answer["how"]:
-                    found["how"][who] = answer["how"]
             except (Different, Failed) as why:
                 found["left_out"][who] = str(why)
                 if who not in PEERS or isinstance(why, Different):
                     self.report["complaints"].append(f"{name}: {LABELS[who]}: {why}")
         answers = interleaved(able, self.rounds)
+        for who, worker in able.items():
+            if how := worker.ask("how")["how"]:
+                found["how"][who] = how
         return {who: [answer["seconds"] for answer in each] for who, each in answers.items()}
 
     def _digits(self, workers: dict[str, Worker]) -> dict[str, list[dict[str, Any]]]:

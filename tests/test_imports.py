@@ -167,7 +167,7 @@ cli
 RANK = {name: i for i, line in enumerate(ROOMS.split("\n")) for name in line.split()}
 # what is looked up when it runs: the library of an array, by its namespace; the lanes of a place, by their table
 LOOKED_UP = {
-    "arrays.device": {"_NAMESPACES.get(self.kind, self.kind)"},
+    "arrays.device": {"self.namespace_name"},
     "lanes": {"f'.{name}'"},
     "cli.verify": {"name", "library"},
 }

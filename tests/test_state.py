@@ -261,3 +261,15 @@ def test_a_checkpoint_fills_the_state(tmp_path):
     assert states(other)["3.step"] == 17
     assert states(other)["3.seed"] == states(model)["3.seed"]
     assert states(other)["4.batches"] == 5
+
+
+def test_a_step_that_is_called_off_changes_no_state(backend):
+    """A batch with an overflow leaves no NaN in a running mean."""
+    X, y = digits()
+    X = X.copy()
+    X[7] = 3e38  # finite, but its product is not
+    model, clean = model_on(backend.device), model_on(backend.device)
+    options = {"loss": SoftmaxCrossEntropy(), "optimizer": Adam(1e-3), "batch_size": 500, "progress": False}
+    history = fit(model, X, y, epochs=1, skip_nonfinite=1, **options)
+    assert history.skipped == 1
+    assert np.array_equal(backend.to_numpy(model[4].running_mean), backend.to_numpy(clean[4].running_mean))

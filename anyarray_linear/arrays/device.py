@@ -41,6 +41,7 @@ class Device:
         index: number of the CUDA device, else `None`.
         native: what the namespace's own functions take as `device=`.
         reason: one sentence that says why this device was chosen.
+        namespace_name: of the module that `xp` is: `"array_api_compat.numpy"`, `"dask.array"`.
 
     >>> from anyarray_linear import select_device
     >>> device = select_device("cpu")
@@ -48,7 +49,10 @@ class Device:
     (Device('cpu'), dtype('float32'))
     """
 
-    def __init__(self, kind: str, index: int = 0, native: Any = None, reason: str = "") -> None:
+    def __init__(
+        self, kind: str, index: int = 0, native: Any = None, reason: str = "", namespace: str | None = None
+    ) -> None:
+        self.namespace_name = _NAMESPACES.get(kind, kind) if namespace is None else namespace
         self.kind, self.index, self.reason = kind, index if kind == "cuda" else None, reason
         self._native = "cpu" if kind == "cpu" else native
 
@@ -59,15 +63,16 @@ class Device:
             return cpu_device("an array was there")
         if not is_array(x):
             raise TypeError(f"x is {describe(x)}, which is on no device; pass an array")
-        library: str = namespace(x).__name__.removeprefix("array_api_compat.").partition(".")[0]
+        name: str = namespace(x).__name__
+        library = name.removeprefix("array_api_compat.").partition(".")[0]
         if library == "cupy":
             return cuda_device(x.device.id, "an array was there")
-        return Device(library, native=device_of(x), reason="an array was there")
+        return Device(library, native=device_of(x), reason="an array was there", namespace=name)
 
     @cached_property
     def xp(self) -> Namespace:
         """The Array API namespace of this device's arrays."""
-        return import_module(_NAMESPACES.get(self.kind, self.kind))
+        return import_module(self.namespace_name)
 
     @property
     def native(self) -> Any:

@@ -39,7 +39,9 @@ def real(name: str, value: Any, low: float = 0.0, below: float = math.inf) -> fl
 def whole(name: str, value: Any, low: int = 1) -> int:
     """`value` as a Python int of at least `low`; `TypeError` for what is no integer, `ValueError` for a smaller one."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        # by name: NumPy's own truth values are integers, with a warning, in its first versions of 2
+        is_bool = type(value).__name__ in ("bool", "bool_")
+        number = None if is_bool else operator.index(value)
     except TypeError:
         number = None
     if number is None:

@@ -80,6 +80,21 @@ class Place:
         return f"Place({self.library} on {self.device}, {self.dtype_name})"
 
 
+class _NumpyPlace(Place):
+    """A place of NumPy, where a result that is too small is 0, whatever `np.errstate` says of underflow."""
+
+    __slots__ = ()
+
+    def run(self, portable: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return super().run(portable, *arguments)
+        except FloatingPointError as error:  # costs nothing where there is none
+            if "underflow" not in str(error):
+                raise
+        with np.errstate(under="ignore"):
+            return super().run(portable, *arguments)
+
+
 class _CudaPlace(Place):
     """A place of CuPy: what is run there makes its device the current one, and then the one that was."""
 
@@ -168,6 +183,7 @@ def _first_look(x: Any) -> Place:
     known = _known.setdefault(type(x), {})
     kind: type[Place] = Place
     if library == "numpy":
+        kind = _NumpyPlace
         look, key = lambda x: known[x.dtype], x.dtype
     elif is_cupy_array(x):
         kind = _CudaPlace

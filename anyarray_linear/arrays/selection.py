@@ -150,7 +150,7 @@ def _pickled(device: Device) -> Any:
     """As its spec, for the CPU and CUDA: where it is loaded, it has to prove anew that it works."""
     if device.kind in ("cpu", "cuda"):
         return stored_device, (str(device),)
-    return Device, (device.kind, 0, device.native, device.reason)
+    return Device, (device.kind, 0, device.native, device.reason, device.namespace_name)
 
 
 copyreg.pickle(Device, _pickled)  # so that `Device` itself need not know how devices are selected

@@ -62,7 +62,7 @@ def show(folder: Path, summary: dict[str, Any], processes: str | None = None) ->
         console.print(_by_class(part, score["classes"]))
     if "stopped_early" in summary:
         console.print(f"stopped early, after epoch {summary['epochs']}: the loss on validation did not improve any more")
-    if summary["model_epoch"] < summary["epochs"]:
+    if summary.get("model_epoch") not in (None, summary.get("epochs")):
         told = f"the model is that of epoch {summary['model_epoch']}, of the best loss on validation; --keep last: the last"
         console.print(told, soft_wrap=True, highlight=False)
     console.print(f"{escape(printable(str(folder)))}: {', '.join(FILES)}", soft_wrap=True)

@@ -59,7 +59,7 @@ th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid var(--rule);
 th:first-child,td:first-child{text-align:left}
 thead th{color:var(--soft);font-weight:500}
 .matrix th,.matrix td{padding:.2rem;text-align:center;border:1px solid var(--paper);min-width:1.9rem;height:1.9rem}
-.matrix th{font-weight:600;color:var(--ink)}
+.matrix th{font-weight:600;color:var(--ink);white-space:normal;min-width:2.2rem;max-width:7rem;overflow-wrap:anywhere}
 .matrix td{background:color-mix(in srgb,var(--hue) var(--share),var(--raised))}
 .hit{--hue:var(--hit)}.miss{--hue:var(--miss)}
 .images{list-style:none;display:grid;grid-template-columns:repeat(auto-fill,minmax(6.7rem,1fr));gap:.8rem;padding:0}

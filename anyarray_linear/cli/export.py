@@ -22,12 +22,16 @@ def export(
     softmax: Annotated[
         bool, typer.Option("--softmax", help="End with the softmax, so that a classifier gives probabilities.")
     ] = False,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Give the name of the likeliest class, too, as the output `label`.")
+    ] = False,
     opset: Annotated[int, typer.Option(min=OPSET, help="The version of ONNX's operators.")] = OPSET,
 ) -> None:
     """Write a model as an ONNX file, which ONNX Runtime and many other programs run.
 
     The input is X, with any number of rows; the output is Z, or with --softmax the probabilities P. The names of classes and
-    features are in the file's metadata. Features go in as they are: the model contains their scaling.
+    features are in the file's metadata, and with --labels that of the likeliest class is an output. Features go in as they
+    are: the model contains their scaling.
 
     **Examples**
 
@@ -38,10 +42,11 @@ def export(
     target = path.with_suffix(".onnx") if out is None else out
     if target.exists() and path.exists() and target.samefile(path):
         raise typer.BadParameter("it is the file that is read; give another one", param_hint="OUT.onnx")
-    proto = file_to_onnx(path, softmax=softmax, opset=opset)
     metadata = read_metadata(path)
-    if softmax and "classes" in metadata and metadata["classes"] is None:
-        raise typer.BadParameter(f"{path} has no classes, it predicts numbers", param_hint="--softmax")
+    for option, wanted in (("--softmax", softmax), ("--labels", labels)):
+        if wanted and "classes" in metadata and metadata["classes"] is None:
+            raise typer.BadParameter(f"{path} has no classes, it predicts numbers", param_hint=option)
+    proto = file_to_onnx(path, softmax=softmax, labels=labels, opset=opset)
     atomic_write(target, proto.SerializeToString())
     ends = [f"{end.name} ({', '.join(d.dim_param or str(d.dim_value) for d in end.type.tensor_type.shape.dim)})"
             for end in (proto.graph.input[0], proto.graph.output[0])]  # fmt: skip

@@ -35,8 +35,15 @@ OPSET = 13
 
 _Step = tuple[str, ...]  # the name of a result, the operator, and the names of its inputs
 _CONSTANTS = {
-    "gelu.a": GELU._a, "gelu.c": GELU._c, "gelu.half": 0.5, "gelu.one": 1.0, "gelu.root": math.sqrt(0.5),
-    "erf.0": 0.0, "erf.small": erf.SMALL, "erf.middle": erf.MIDDLE, "erf.root": 1 / math.sqrt(math.pi),
+    "gelu.a": GELU._a,
+    "gelu.c": GELU._c,
+    "gelu.half": 0.5,
+    "gelu.one": 1.0,
+    "gelu.root": math.sqrt(0.5),
+    "erf.0": 0.0,
+    "erf.small": erf.SMALL,
+    "erf.middle": erf.MIDDLE,
+    "erf.root": 1 / math.sqrt(math.pi),
     **{
         f"erf.{name}.{part}{i}": c
         for name, ratio in (("R1", erf.R1), ("R2", erf.R2), ("R3", erf.R3))
@@ -97,6 +104,7 @@ def to_onnx(
     model: Any,
     *,
     softmax: bool = False,
+    labels: bool = False,
     metadata: Mapping[str, Any] | None = None,
     opset: int = OPSET,
     batch_axes: int = 1,
@@ -104,6 +112,7 @@ def to_onnx(
     """The `onnx.ModelProto` of `model`: a `Linear`, or a `Sequential` of this library's layers, nested in any way.
 
     softmax: end with the softmax of the outputs, for a classifier whose users want probabilities.
+    labels: give `label` too, the name of the likeliest class, as the metadata has it under `classes`.
     metadata: as in `save_model`, such as `{"classes": ["cat", "dog"], "features": ["ears", "tail"]}`.
     opset: the version of ONNX's operators, 13 or later, up to what the `onnx` package knows.
     batch_axes: how many axes `X` has before its features: 1 is `(batch, in_features)`, 0 a single sample.
@@ -117,7 +126,7 @@ def to_onnx(
     (['Gemm', 'Relu', 'Gemm'], ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
     kept = as_json("metadata", {} if metadata is None else metadata)
-    return _proto(architecture_of(model), weights_of(model), softmax, kept, opset, batch_axes)
+    return _proto(architecture_of(model), weights_of(model), softmax, labels, kept, opset, batch_axes)
 
 
 def export_onnx(model: Any, path: str | os.PathLike[str], **options: Any) -> None:
@@ -125,10 +134,12 @@ def export_onnx(model: Any, path: str | os.PathLike[str], **options: Any) -> Non
     atomic_write(path, to_onnx(model, **options).SerializeToString())
 
 
-def file_to_onnx(path: str | os.PathLike[str], *, softmax: bool = False, opset: int = OPSET, batch_axes: int = 1) -> Any:
+def file_to_onnx(
+    path: str | os.PathLike[str], *, softmax: bool = False, labels: bool = False, opset: int = OPSET, batch_axes: int = 1
+) -> Any:
     """The `onnx.ModelProto` of the model in a file of `save_model` or `save_checkpoint`, with the metadata it has there.
 
-    softmax, opset, batch_axes: as in `to_onnx`.
+    softmax, labels, opset, batch_axes: as in `to_onnx`.
 
     Raises `CheckpointError` for a file that is damaged, or whose model ONNX cannot express.
     """
@@ -141,7 +152,7 @@ def file_to_onnx(path: str | os.PathLike[str], *, softmax: bool = False, opset: 
         )
     try:
         metadata = {} if "optimizer" in file.info else file.info["metadata"]  # a checkpoint's is the state of the run
-        return _proto(file.info["architecture"], file.weights, softmax, metadata, opset, batch_axes)
+        return _proto(file.info["architecture"], file.weights, softmax, labels, metadata, opset, batch_axes)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: {told(error)}") from error
 
@@ -150,6 +161,7 @@ def _proto(
     architecture: Spec,
     weights: Mapping[str, Host],
     softmax: bool,
+    labels: bool,
     metadata: Mapping[str, Any],
     opset: int,
     batch_axes: int,
@@ -174,6 +186,9 @@ def _proto(
     nodes[-1].output[0] = "Z"
     if softmax:
         nodes.append(onnx.helper.make_node("Softmax", ["Z"], ["P"], name="P:Softmax", axis=-1))
+    if labels:
+        nodes.append(onnx.helper.make_node("ArgMax", ["Z"], ["id"], name="id:ArgMax", axis=-1, keepdims=0))
+        nodes.append(onnx.helper.make_node("Gather", ["classes", "id"], ["label"], name="label:Gather"))
     values = {**weights, **{name: np.asarray(value, dtype=dtype) for name, value in _CONSTANTS.items()}}
     values["norm.axis"] = np.asarray([-1])
     for _, first, spec in positions:
@@ -183,12 +198,15 @@ def _proto(
     kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
     batch = ["batch"] if batch_axes == 1 else [f"batch_{i}" for i in range(batch_axes)]
     describe = onnx.helper.make_tensor_value_info
+    outputs = [describe("P" if softmax else "Z", kind, [*batch, out_features])]
+    names = [_names(onnx, classes)] if labels else []
+    outputs += [describe("label", each.data_type, batch) for each in names]
     graph = onnx.helper.make_graph(
         nodes,
         "anyarray_linear",
         [describe("X", kind, [*batch, in_features])],
-        [describe("P" if softmax else "Z", kind, [*batch, out_features])],
-        [onnx.numpy_helper.from_array(values[name], name) for name in used],
+        outputs,
+        [*(onnx.numpy_helper.from_array(values[name], name) for name in used), *names],
     )
     from .. import __version__
 
@@ -204,6 +222,16 @@ def _proto(
     onnx.helper.set_model_props(proto, known)
     onnx.checker.check_model(proto, full_check=True)
     return proto
+
+
+def _names(onnx: Any, classes: Any) -> Any:
+    """The tensor `classes`: of integers if all are, else of text."""
+    if not isinstance(classes, (list, tuple)):
+        raise ValueError('labels need the names of the classes: metadata={"classes": ["cat", "dog"]}')
+    if all(type(name) is int for name in classes):
+        return onnx.helper.make_tensor("classes", onnx.TensorProto.INT64, [len(classes)], classes)
+    texts = [str(name).encode() for name in classes]
+    return onnx.helper.make_tensor("classes", onnx.TensorProto.STRING, [len(texts)], texts)
 
 
 def _positions(spec: Spec, path: str, made: dict[str, Spec]) -> Iterator[tuple[str, str, Spec]]:
@@ -264,9 +292,7 @@ def _check_options(onnx: Any, opset: Any, batch_axes: Any) -> None:
             raise ValueError(f"{name} is {value}; give {low}{at_most}")
 
 
-def _steps(
-    position: str, first: str, spec: Spec, X: str, dtype: str, batch_axes: int, opset: int
-) -> Iterator[_Step]:
+def _steps(position: str, first: str, spec: Spec, X: str, dtype: str, batch_axes: int, opset: int) -> Iterator[_Step]:
     """The operations of one layer, in order, with the input named `X`; its weights are those of its `first` position."""
     if spec["type"] == "Linear":
         weights = [join(first, p) for p in ("weight", "bias") if p == "weight" or spec["bias"]]

@@ -164,6 +164,7 @@ def _all_finite(xp: Namespace, x: Array) -> bool:
 # the optimizer
 
 
+@np.errstate(under="ignore")  # harmless, and what is half updated in place could not be done again
 def _apply_update(
     xp: Namespace,
     optimizer: Any,

@@ -24,6 +24,7 @@ def check_rows(X: Array, y: Array | None, names: tuple[str, str] = ("X", "y")) -
         if x is None and name == names[1]:
             continue
         check_array(name, x)
+        _check_there(name, x)
         if not namespace(x).isdtype(x.dtype, ("bool", "integral", "real floating")):
             raise TypeError(f"{name} is {dtype_name(x.dtype)}; give real numbers, or for y class ids, as integers")
     if X.ndim == 0:
@@ -34,6 +35,18 @@ def check_rows(X: Array, y: Array | None, names: tuple[str, str] = ("X", "y")) -
         raise ValueError(
             f"{names[0]} has {X.shape[0]} rows but {names[1]} has shape {tuple(y.shape)}; they must have as many rows"
         )
+
+
+def _check_there(name: str, x: Array) -> None:
+    """Raise `TypeError` for an array that is still to be computed: training would compute it anew for every batch."""
+    known = all(isinstance(size, (int, np.integer)) for size in x.shape)  # what is to be computed may not know, and have NaN
+    if known and not callable(getattr(x, "compute", None)):
+        return
+    kind = type(x).__module__.partition(".")[0]
+    raise TypeError(
+        f"{name} is a lazy array of {kind}, which says how to compute its values and does not hold them; "
+        f"compute it before training, as {name}.compute() does for dask"
+    )
 
 
 def _check_object(name: str, value: Any, methods: tuple[str, ...], example: str) -> None:
@@ -58,6 +71,8 @@ def check_parts(model: Any, loss: Any, optimizer: Any, callbacks: Any) -> None:
     _check_object("optimizer", optimizer, ("step", "learning_rate"), "Adam(lr=1e-3)")
     if not parameters(model):
         raise ValueError(f"model is {model!r:.80}, which has no parameters to train")
+    for name, W in parameters(model).items():
+        _check_there(f"the parameter {name}", W)
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
         raise TypeError(f"callbacks is {callbacks!r:.80}; give a list of functions f(model, row): callbacks=[f]")
 

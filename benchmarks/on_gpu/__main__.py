@@ -136,7 +136,8 @@ class Run:
                     break
         finally:
             self._end(process)
-        if process.returncode and not trouble:
+        stopped = process.returncode == 2 and any("stopped" in line for line in lines)  # by pytest
+        if process.returncode and not trouble and not stopped:
             trouble = f"{' '.join(command[1:])} ended with code {process.returncode}; see log.txt"
         return trouble
 

@@ -117,7 +117,9 @@ def _kernels(lines: list[dict[str, Any]]) -> list[str]:
 def _tests(lines: list[dict[str, Any]]) -> list[str]:
     outcomes = Counter(line["outcome"] for line in lines if "test" in line)
     modules = {line["test"].partition("::")[0] for line in lines if "test" in line}
-    return [", ".join(f"{n} {what}" for what, n in outcomes.items()) + f", of {len(modules)} modules"] if outcomes else []
+    counts = ", ".join(f"{n} {what}" for what, n in outcomes.items())
+    stopped = [line["stopped"] for line in lines if "stopped" in line]
+    return [f"{counts}, of {len(modules)} modules", *stopped] if outcomes else stopped
 
 
 def _verified(lines: list[dict[str, Any]]) -> list[str]:

@@ -2,7 +2,7 @@
 
 In the first run, each module's tests come in the order: of each test function one case, on the card where it has one; then
 the next case of each. A module that has had its share of the time left waits for the second run, after one test at least.
-When all time is up, what is left is skipped.
+When all time is up, the run ends.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ def pytest_runtest_setup(item: Any) -> None:
     """Pass over what has no time left."""
     now, module = time.monotonic(), _module(item)
     if now > _END:
+        if not item.session.shouldstop:
+            tell(stopped="its time was up")
+        item.session.shouldstop = "its time is up"
         pytest.skip(_WAITS)
     if _first:
         if module not in _ends:

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import tracemalloc
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -974,3 +975,30 @@ def test_an_archive_of_200_000_members_is_refused_unread(tmp_path: Path) -> None
         tracemalloc.stop()
     np.savez(tmp_path / "some.npz", **{f"a{i}": np.zeros(1) for i in range(1000)}, X=np.eye(3), y=np.arange(3))
     assert load_data(tmp_path / "some.npz").X.shape == (3, 3)
+
+
+def test_the_lines_that_a_refusal_shows_do_train(tmp_path, monkeypatch):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("sklearn")
+    from sklearn.compose import make_column_selector, make_column_transformer
+    from sklearn.impute import SimpleImputer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    from anyarray_linear.interop.sklearn import LinearNetClassifier
+
+    rng = np.random.default_rng(0)
+    cities, sizes = rng.choice(["Rome", "Paris"], 80), rng.normal(size=80)
+    kinds = np.where((cities == "Rome") ^ (sizes > 0), "x", "y")
+    rows = [f"{city},{'' if i % 9 == 8 else size},{kind}" for i, (city, size, kind) in enumerate(zip(cities, sizes, kinds, strict=True))]
+    path = write(tmp_path, "\n".join(["city,size,kind", *rows]))
+    with pytest.raises(DataError) as caught:
+        load_data(path)
+    tools = make_column_selector, make_column_transformer, SimpleImputer, make_pipeline, OneHotEncoder, StandardScaler
+    names = {tool.__name__: tool for tool in (*tools, LinearNetClassifier, pandas)}
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that more epochs would help
+        exec("\n".join(line.strip() for line in caught.value.__notes__), names)
+    table = pandas.read_csv(path)
+    assert names["model"].score(table.drop(columns="kind"), table["kind"]) > 0.85

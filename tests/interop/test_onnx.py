@@ -178,6 +178,27 @@ def test_softmax_gives_probabilities(dtype):
     assert proto.graph.output[0].name == "P"
 
 
+@pytest.mark.parametrize("classes", [["cat", "\u732b", "no"], [7, -3, 40], [7, "x", 0.5]])
+@pytest.mark.parametrize("axes", [0, 1, 2])
+def test_labels_are_the_names_of_the_likeliest_classes(classes, axes):
+    runtime = pytest.importorskip("onnxruntime")
+    model = layer(6, 3)
+    X = np.random.default_rng(0).standard_normal((*(4, 5)[:axes], 6)).astype("float32")
+    proto = to_onnx(model, softmax=True, labels=True, metadata={"classes": classes}, batch_axes=axes)
+    session = runtime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert [end.name for end in session.get_outputs()] == ["P", "label"]
+    P, label = session.run(None, {"X": X})
+    names = np.asarray(classes if isinstance(classes[1], int) else list(map(str, classes)))
+    assert np.asarray(label).shape == X.shape[:-1]
+    np.testing.assert_array_equal(label, names[model(X).argmax(axis=-1)])
+    np.testing.assert_array_equal(P.argmax(axis=-1), model(X).argmax(axis=-1))
+
+
+def test_labels_without_names_are_refused():
+    with pytest.raises(ValueError, match=r'labels need the names of the classes: metadata=\{"classes"'):
+        to_onnx(layer(2, 3), labels=True)
+
+
 def test_a_shared_layer_is_in_the_file_once():
     shared = layer(8, 8)
     model = Sequential(shared, Tanh(), Sequential(shared, Sequential(Tanh(), shared)))
@@ -227,7 +248,7 @@ def test_the_graph_is_gemms_and_activations_with_a_free_batch_axis():
 
 
 def test_the_metadata_is_json():
-    metadata = {"classes": ["cat", "\u732b", "\ud800"], "features": None, "scale": [0.5, 1e300]}
+    metadata = {"classes": ["cat", "\u732b", "\u00e9"], "features": None, "scale": [0.5, 1e300]}
     proto = to_onnx(layer(2, 3), metadata=metadata)
     assert {p.key: json.loads(p.value) for p in proto.metadata_props} == {
         "classes": metadata["classes"], "scale": metadata["scale"],
@@ -353,6 +374,8 @@ def test_the_command_writes_the_file_and_says_so(saved):
     assert {p.key: json.loads(p.value) for p in proto.metadata_props} == {"classes": ["a", "b"], "features": list("wxyz")}
     assert run(proto, np.ones((2, 4), "float32")).sum(axis=1) == pytest.approx([1, 1])
     assert command("run/model.safetensors", "other.onnx", cwd=saved).stdout.startswith("other.onnx: X (batch, 4) -> Z")
+    assert "new.onnx: X (batch, 4) -> Z (batch, 2)" in command("run", "new.onnx", "--labels", cwd=saved).stdout
+    assert [end.name for end in onnx.load(str(saved / "new.onnx")).graph.output] == ["Z", "label"]
     assert command("run", "new.onnx", "--opset", "18", cwd=saved).stdout.endswith("opset 18\n")
     assert [o.version for o in onnx.load(str(saved / "new.onnx")).opset_import] == [18]
 
@@ -365,6 +388,7 @@ def test_the_command_writes_the_file_and_says_so(saved):
         (["run", "run/model.safetensors"], "OUT.onnx: it is the file that is read; give another one"),
         (["run", "nowhere/x.onnx"], "No such file or directory"),
         (["run", "run"], "this is no file to be replaced"),
+        (["numbers.safetensors", "--labels"], "--labels: numbers.safetensors has no classes, it predicts numbers"),
         (["numbers.safetensors", "--softmax"], "--softmax: numbers.safetensors has no classes, it predicts numbers"),
     ],
 )

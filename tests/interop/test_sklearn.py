@@ -21,7 +21,7 @@ from sklearn.base import clone
 from sklearn.datasets import make_multilabel_classification
 from sklearn.exceptions import ConvergenceWarning, NotFittedError, SkipTestWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.metrics import f1_score, r2_score, recall_score
+from sklearn.metrics import f1_score, log_loss, r2_score, recall_score
 from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
@@ -441,6 +441,13 @@ def test_several_labels_are_learned_as_well_as_by_scikit_learns_own(labels):
     np.testing.assert_array_equal(model.classes_, theirs.classes_)
     theirs.coefs_, theirs.intercepts_ = model.coefs_, model.intercepts_
     np.testing.assert_allclose(theirs.predict_proba(X), P, rtol=1e-9, atol=1e-12)
+
+
+def test_the_loss_of_several_labels_is_their_mean_log_loss(labels):
+    X, Y = labels
+    model = made(LinearNetClassifier, X, Y, learning_rate_init=1e-12, max_iter=1)
+    P = model.predict_proba(X)
+    assert model.loss_ == pytest.approx(np.mean([log_loss(Y[:, j], P[:, j]) for j in range(4)]), rel=1e-6)
 
 
 def test_several_labels_in_every_form(labels):

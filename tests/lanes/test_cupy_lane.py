@@ -207,6 +207,7 @@ def test_parts_of_a_split_product_are_not_added_up_in_float16():
 def test_threads_that_make_the_row_of_ones_at_once_share_one(backend, monkeypatch):
     products, cupy = pytest.importorskip("anyarray_linear.lanes.cupy.products"), pytest.importorskip("cupy")
     monkeypatch.setattr(products, "_ones", {})
+    monkeypatch.setattr(products, "_rows_of_ones", {})
     made, ones = [], cupy.ones
 
     def overtaken(*arguments):

@@ -12,36 +12,52 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cupy
+import numpy as np
 
 from ...arrays.place import Array, Namespace
 from ...binding import Binding, Flat, flat_of
 from ...optimizers import SGD, Adam, AdamW, apply_update
-from .kernels import ACCUMULATOR, THREADS, TYPES, contiguous, kernel
+from .kernels import THREADS, TYPES, contiguous, kernel
 from .tables import COUNT, SOURCE, tables
 
 NUMBERS = 9
 """Numbers that a step has: the largest norm, and up to eight of its rule."""
 
-_SQUARES = SOURCE + """
-KERNEL squares(const Table dW, A* partial)
+_WIDE = """
+// in double, where no square of a float overflows, and the quotient of two norms is in range
+__device__ double wide_sum(double x)
 {
-    A total = 0;
+    __shared__ double sums[THREADS];
+    sums[threadIdx.x] = x;
+    for (int n = THREADS / 2; n > 0; n /= 2) {
+        __syncthreads();
+        if (threadIdx.x < n) sums[threadIdx.x] += sums[threadIdx.x + n];
+    }
+    __syncthreads();
+    return sums[0];
+}
+"""
+
+_SQUARES = SOURCE + _WIDE + """
+KERNEL squares(const Table dW, double* partial)
+{
+    double total = 0;
     EACH_ELEMENT(dW)
-        const A g = A(dW.x[k][i]);
+        const double g = A(dW.x[k][i]);
         total += g * g;
     END
-    total = block_sum(total);
+    total = wide_sum(total);
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 """
 
-_UPDATE = SOURCE + f"""
+_UPDATE = SOURCE + _WIDE + f"""
 struct Numbers {{ double clip_norm, of[{NUMBERS - 1}]; }};
 struct Step {{
     Table dW;
     T *W, *M, *V;
     const bool* where;
-    const A* partial;
+    const double* partial;
     long long partials;
     const Numbers* there;  // null: they are here
     Numbers here;
@@ -52,16 +68,17 @@ KERNEL update(const Step s)
     if (s.where && !*s.where) return;
     const Numbers numbers = s.there ? *s.there : s.here;
     const double* const of = numbers.of;
-    A scale = 1;
+    double scale = 1;
     if (s.partials) {  // every block adds up the same numbers in the same order
-        A squares = 0;
+        double squares = 0;
         for (long long i = threadIdx.x; i < s.partials; i += THREADS) squares += s.partial[i];
-        scale = A(numbers.clip_norm) / (sqrt(block_sum(squares)) + A(1e-6));
-        if (scale > A(1)) scale = 1;
+        scale = numbers.clip_norm / (sqrt(wide_sum(squares)) + 1e-6);
+        if (scale > 1) scale = 1;
     }
     NAMES
     EACH_ELEMENT(s.dW)
-        A w = A(s.W[n]), g = A(s.dW.x[k][i]) * scale;
+        A w = A(s.W[n]), g = A(s.dW.x[k][i]);
+        if (s.partials) g = A(g * scale);
         RULE
         s.W[n] = T(w);
     END
@@ -132,13 +149,12 @@ def update(
     parts = [gradients[i : i + COUNT] for i in range(0, len(gradients), COUNT)]
     partials, partial = 0, None
     if optimizer.clip_norm is not None:
-        wide = ACCUMULATOR[dtype.char]
         partials = sum(table.blocks for table in found)
-        partial = cupy.ndarray((partials,), wide)
+        partial = cupy.ndarray((partials,), np.float64)
         squares, address = kernel("squares", _SQUARES, dtype.char), partial.data.ptr
         for table, part in zip(found, parts, strict=True):
             squares((table.blocks,), (THREADS,), (table.filled(part), address))
-            address += table.blocks * wide.itemsize
+            address += table.blocks * partial.itemsize
     rule: Any = type(optimizer)
     work = _kernel(rule, dtype.char)
     flag, sums = (0 if x is None else x.data.ptr for x in (where, partial))
