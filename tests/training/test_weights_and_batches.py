@@ -229,7 +229,7 @@ def test_the_guard_judges_batches_too():
         (batches(), {"sample_weight": np.ones(60)}, ValueError, "^sample_weight is for arrays"),
         (np.ones((3, 5)), {}, TypeError, "^y is missing"),
     ],
-    ids=str,
+    ids=["generator", "int", "empty", "array", "tuple of 1", "rows", "list", "features", "batch_size", "fraction", "sample_weight", "no y"],
 )
 def test_batches_that_are_wrong_are_named(source, options, error, match):
     with pytest.raises(error, match=match):
