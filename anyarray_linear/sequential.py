@@ -123,7 +123,7 @@ class Sequential:
         return self._structure or self._look()
 
     def _look(self) -> _Structure:
-        inner = [layer._positions() if isinstance(layer, Sequential) else leaves(layer) for layer in self.layers]
+        inner = [layer.positions() if isinstance(layer, Sequential) else leaves(layer) for layer in self.layers]
         positions = [(join(str(i), path), leaf) for i, own in enumerate(inner) for path, leaf in own]
         first: dict[int, str] = {}  # by the object: the first position that holds it
         for path, leaf in positions:
@@ -131,7 +131,7 @@ class Sequential:
         own_leaves = [(path, leaf) for path, leaf in positions if first[id(leaf)] == path]
         return _Structure(positions, own_leaves, [{path: first[id(leaf)] for path, leaf in own} for own in inner])
 
-    def _positions(self) -> list[tuple[str, Any]]:
+    def positions(self) -> list[tuple[str, Any]]:
         """Every position that holds a leaf, depth first, repeats included."""
         return self._names().positions
 
@@ -162,7 +162,7 @@ class Sequential:
         """
         copies: dict[int, Any] = {}
         merged: list[Any] = []
-        for _, leaf in self._positions():
+        for _, leaf in self.positions():
             if merged and type(leaf) is Linear and type(merged[-1]) is Linear:
                 merged[-1] = _merge(merged[-1], leaf)
             else:

@@ -21,7 +21,7 @@ def summary(model: Any) -> str:
     A layer that stands at several positions counts once. `(frozen)` marks layers whose parameters are not trained. The last
     axis of an output is known of this library's layers, and of others that have `out_features`.
     """
-    positions = model._positions() if hasattr(model, "_positions") else leaves(model)
+    positions = model.positions() if hasattr(model, "positions") else leaves(model)
     lines, totals = [_HEAD], [0, 0, 0]
     seen: dict[int, str] = {}
     for (name, layer), width in zip(positions, _widths(layer for _, layer in positions), strict=True):

@@ -29,7 +29,7 @@ CURE = "free some first, or use another device"
 
 def places_of(model: Any) -> dict[str, tuple[Any, str]]:
     """The layer and attribute behind every tensor of a file, by PyTorch's names; a shared layer's at every position."""
-    positions = model._positions() if isinstance(model, Sequential) else leaves(model)
+    positions = model.positions() if isinstance(model, Sequential) else leaves(model)
     return {join(path, _file_name(layer, p)): (layer, p) for path, layer in positions for p in _arrays_of(layer)}
 
 

@@ -281,7 +281,7 @@ class Run:
         """What makes it this training, as JSON: another result would come of any of it being otherwise."""
         held = self.held
         return {
-            "seed": seed_as_json(self.seed),
+            "seed": {"entropy": _as_json(self.seed.entropy), "spawn_key": _as_json(self.seed.spawn_key)},
             "rows": len(self.data) if isinstance(self.data, Data) else None,
             "training rows": self.count,
             "batch_size": self.batch_size,
@@ -352,13 +352,8 @@ class Run:
         self.guard.start_epoch(guard["total"], guard["rows"])
 
 
-def seed_as_json(seed: Any) -> dict[str, Any]:
-    """What a `SeedSequence` was made of; `TypeError` where that is no integers, as in a file that somebody has changed."""
-    return {"entropy": _as_json(seed.entropy), "spawn_key": _as_json(seed.spawn_key)}
-
-
 def _as_json(entropy: Any) -> Any:
-    """In lists of ints."""
+    """What a seed was made of, in lists of ints; `TypeError` for a text, as in a file that somebody has changed."""
     if isinstance(entropy, str):
         raise TypeError(f"{entropy!r:.60} is no integer")
     return int(entropy) if isinstance(entropy, numbers.Integral) else [_as_json(part) for part in entropy]

@@ -13,7 +13,7 @@ import numpy as np
 from ..files.checkpoints import checkpoints, load_checkpoint, save_checkpoint, stored_states
 from ..files.journal import Journal
 from ..files.locks import locked
-from .run import Run, seed_as_json
+from .run import Run
 
 
 class Saver:
@@ -92,8 +92,6 @@ def stored_seed(folder: str | os.PathLike[str], model: Any) -> Any:
     """The seed of the training whose checkpoints are in the folder; `None` where none of them says it."""
     for state in stored_states(folder, model):
         with suppress(ValueError, KeyError, TypeError, ArithmeticError):  # told when it is loaded
-            stored = state["training"]["seed"]
-            seed = np.random.SeedSequence(entropy=stored["entropy"], spawn_key=stored["spawn_key"])
-            seed_as_json(seed)  # that it is one indeed
-            return seed
+            seed = state["training"]["seed"]
+            return np.random.SeedSequence(entropy=seed["entropy"], spawn_key=seed["spawn_key"])
     return None

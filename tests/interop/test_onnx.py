@@ -75,7 +75,7 @@ FUNCTIONS = {  # the activations as float64 functions, and the largest size of t
 def expected(model, X, dtype):
     """What `model` gives for `X`, and how far an implementation may be from it."""
     Z = Rounded(X, dtype=dtype)
-    for _, leaf in model._positions() if isinstance(model, Sequential) else [("", model)]:
+    for _, leaf in model.positions() if isinstance(model, Sequential) else [("", model)]:
         if isinstance(leaf, Linear):
             Z = Z @ Rounded(leaf.W.T, dtype=dtype)
             Z = Z if leaf.b is None else Z + Rounded(leaf.b, dtype=dtype)
