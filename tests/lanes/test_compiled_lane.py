@@ -37,7 +37,7 @@ from anyarray_linear import (
 )
 from anyarray_linear.guard import Guard
 from anyarray_linear.lanes.compiled import blas as products
-from anyarray_linear.lanes.compiled import building, program, steps
+from anyarray_linear.lanes.compiled import building, program, running, steps, updates
 from anyarray_linear.schedules import cosine
 from anyarray_linear.testing import gamma, unit_roundoff
 
@@ -246,7 +246,7 @@ def test_products_that_are_cut_for_threads(dtype, monkeypatch):
     monkeypatch.setattr(program, "WORTH_CUTTING", 1)
     monkeypatch.setattr(program, "ROWS", 64)
     monkeypatch.setattr(program, "CHUNK", 64)
-    monkeypatch.setattr(steps, "usable_cores", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(running, "usable_cores", lambda: {0, 1, 2, 3})
     monkeypatch.setattr(products.alone, "cores", lambda library: 4)
     step = step_of((70, 130, 40), Tanh, dtype=dtype)
     step.activation = Tanh
@@ -301,6 +301,25 @@ def test_rules(rule, dtype):
         assert one.keys() == other.keys()
         for m, moment in one.items():
             assert np.abs(moment - other[m]).max() <= gamma(400, unit_roundoff(dtype)) * (1 + np.abs(other[m]).max())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_updates_by_hand(rule, dtype, monkeypatch):
+    monkeypatch.setattr(updates, "LARGE", 1)
+    monkeypatch.setattr(updates, "AFTER", 0)
+    monkeypatch.setattr(updates, "CHUNK", 16)
+    monkeypatch.setattr(updates, "_otherwise", None)  # it is not called
+    fast, slow = RULES[rule](), RULES[rule]()
+    model, same = (model_of((6, 50, 4), Tanh, dtype) for _ in range(2))
+    for n in range(5):
+        gradients = {name: random(*W.shape, dtype=dtype, seed=n) for name, W in model.parameters().items()}
+        called_off = np.asarray(n == 2)
+        fast.step(model, gradients, where=~called_off)
+        with lanes.off():
+            slow.step(same, gradients, where=~called_off)
+        for name, W in model.parameters().items():
+            assert np.abs(W - same.parameters()[name]).max() <= (n + 1) * gamma(60, unit_roundoff(dtype)) * 4
+    assert fast.steps == 5
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
@@ -631,7 +650,7 @@ def test_what_is_not_compiled_says_so_and_runs(make, reason):
 
 def test_without_numba_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(building.PathFinder, "find_spec", lambda name: None)
-    monkeypatch.setattr(steps, "code_for", building.code_for.__wrapped__)
+    monkeypatch.setattr(running, "code_for", building.code_for.__wrapped__)
     step = step_of()
     step(random(8, 6), np.arange(8) % 4)
     assert step.how == 'portable: numba is not installed (pip install "anyarray_linear[fast]")'

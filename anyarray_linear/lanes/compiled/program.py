@@ -19,24 +19,15 @@ from ...losses import MeanSquaredError, SoftmaxCrossEntropy
 from ...optimizers import SGD, Adam, AdamW
 from ...sequential import Sequential
 from . import layout as at
-from .blas import Blas
 from .building import Declined
+from .table import CHUNK, Table
 
 Host = np.ndarray[Any, Any]
 
 WORTH_CUTTING = 1 << 20
 """Multiplications in a product from which on it is cut into tiles: some 10 us, where handing out a tile costs one."""
-IN_ONE = 1 << 17
-"""OpenBLAS forms products of fewer multiplications in one thread anyway."""
 ROWS = 1 << 13
 """Elements of a loss's tile."""
-CHUNK = 1 << 14
-"""Elements of an update's tile: with its moments what fits the second-level cache."""
-
-DATA = object.__basicsize__
-"""Where a NumPy array object has the address of its data: the first thing after what every object has, in NumPy's binary
-interface since its beginning. Read by compiled code, it costs nothing; `ndarray.ctypes.data` costs over a microsecond."""
-
 _ACTIVATIONS = {ReLU: at.RELU, Tanh: at.TANH, Sigmoid: at.SIGMOID, SiLU: at.SILU}
 _LOSSES = {SoftmaxCrossEntropy: at.IDS, MeanSquaredError: at.SQUARED, BinaryCrossEntropy: at.BINARY}
 _KEEPS_OUTPUT = at.NONE, at.RELU, at.TANH, at.SIGMOID
@@ -124,19 +115,18 @@ def cut(rows: int, columns: int, depth: int, threads: int) -> tuple[int, int]:
     return choice
 
 
-class Program:
-    """A step, or with `loss=None` the forward pass alone, for batches of `rows` rows.
+class Program(Table):
+    """A step, or without a `target` the forward pass alone, for batches of `rows` rows.
 
-    kind: that of the target, `layout.IDS` and so on. gather: whether rows are taken in an order first.
-    gradients: the address of the flat buffer of the gradients, and its size; `offsets`: where in it each parameter's are, by
-    the identity of layer and attribute.
+    target, target_width: the kind of the target, `layout.IDS` and so on, and the numbers that a row of it has. positive: the
+    weights of positive labels. gather: whether rows are taken in an order first. looks: whether gradients are looked at, for
+    a guard or to clip them. flat, gradients: the buffers of the parameters and moments, and of the gradients.
     """
 
     def __init__(
         self,
         stages: Sequence[Stage],
         dtype: Any,
-        blas: Blas,
         threads: int,
         rows: int,
         *,
@@ -148,17 +138,12 @@ class Program:
         flat: Any = None,
         gradients: Host | None = None,
         rule: int = at.PLAIN,
-        yielding: int = 0,
     ) -> None:
-        self.dtype, self.rows, self.threads, self.itemsize = dtype, rows, threads, dtype.itemsize
-        self.kept: list[Any] = [flat, gradients, positive]
+        super().__init__(dtype, threads)
+        self.rows = rows
+        self.kept += [flat, gradients, positive]
         self.positive = 0 if positive is None else positive.ctypes.data
-        self.operations: list[list[int]] = []
-        self.tickets = self.after = 0
-        self.largest = self.work = 0  # multiplications in a tile, and in all
         self.zeros = self.array(max(max(stage.width, stage.out) for stage in stages) + 1024, zero=True)
-        self.control = np.zeros(at.CONTROL, np.int64)
-        self.numbers = np.zeros(at.COUNT, np.float64)
         self._stages, self._target, self._looks = list(stages), target, looks
 
         X, ld = 0, stages[0].width
@@ -173,25 +158,7 @@ class Program:
         self.output = self._out
         if target is not None:
             self._train(sources, kept, y, flat, gradients, rule)
-        table = np.zeros((len(self.operations), at.FIELDS), np.int64)
-        for row, operation in zip(table, self.operations, strict=True):
-            row[: len(operation)] = operation
-        self.kept.append(table)
-        c = self.control
-        c[at.TOTAL], c[at.OPERATIONS], c[at.NUMBERS] = self.tickets, table.ctypes.data, self.numbers.ctypes.data
-        c[at.GEMM], c[at.WIDE] = blas.single if dtype == np.float32 else blas.double, int(blas.wide)
-        c[at.YIELD], c[at.LOCAL], c[at.DATA] = yielding, blas.local, DATA
-        self.address = c.ctypes.data
-        self.parallel = threads > 1 and any(operation[at.TILES] > 1 for operation in self.operations)
-
-    # memory
-
-    def array(self, elements: int, dtype: Any = None, *, zero: bool = False) -> int:
-        """The address of memory for so many elements, at the start of a cache line."""
-        dtype = self.dtype if dtype is None else dtype
-        raw = (np.zeros if zero else np.empty)(max(1, elements) * dtype.itemsize + 64, np.uint8)
-        self.kept.append(raw)
-        return -(-raw.ctypes.data // 64) * 64
+        self.seal()
 
     def parameter(self, x: Host) -> int:
         """The address of a parameter."""
@@ -200,28 +167,11 @@ class Program:
         self.kept.append(x)
         return x.ctypes.data
 
-    # operations
-
-    def add(self, code: int, tiles: int, *fields: int) -> None:
-        """An operation that may run beside those since the last `barrier`."""
-        self.operations.append([code, self.tickets, tiles, self.after, *fields])
-        self.tickets += tiles
-
-    def barrier(self) -> None:
-        """What is added from now on needs all that was added so far."""
-        self.after = self.tickets
-
     def product(self, rows: int, columns: int, depth: int) -> tuple[int, int]:
         parts = cut(rows, columns, depth, self.threads)
         tile = -(-rows // parts[0]) * -(-columns // parts[1]) * depth
         self.largest, self.work = max(self.largest, tile), self.work + rows * columns * depth
         return parts
-
-    def chunks(self, elements: int, chunk: int) -> tuple[int, int]:
-        """`(tiles, elements of a tile)`."""
-        if elements < 4 * chunk:
-            chunk = max(1, elements)
-        return -(-elements // chunk), chunk
 
     def _forward(self, X: int, ld: int) -> tuple[list[tuple[int, int]], list[int]]:
         """The operations of the forward pass; each stage's input with its row length, and what its activation kept."""

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from ...arrays.cores import usable_cores
 from ...arrays.place import Array, Namespace
 from ...averages import shares, weights_of_rows
 from ...binding import flat_of
@@ -16,10 +15,9 @@ from ...guard import Guard
 from ...linear import Linear
 from ...step import TrainingStep, loss_and_gradients, training_step, training_step_on_rows
 from . import layout as at
-from .blas import alone, blas
-from .building import Declined, caller, code_for
-from .program import IN_ONE, Host, Program, Stage, containers_of, layers_of, loss_kind, rule_of, stages_of
-from .threads import pool_for, yielding
+from .building import Declined
+from .program import Host, Program, Stage, containers_of, layers_of, loss_kind, rule_of, stages_of
+from .running import Runner, put_rule
 
 PATIENCE = 100
 """Steps that a small model takes before code is compiled or loaded for it, a large one fewer. Counted by the optimizer, so
@@ -27,11 +25,8 @@ that a training that goes on from a file has the bits of one that never stopped.
 _LARGE = 20_000
 _KEPT = 4
 """Programs kept, for as many batch sizes and kinds of target."""
-_LONG = 1 << 22
-"""Multiplications in a step from which on other Python threads may run beside it."""
 
-
-_put_arrays, _put_adam, _put_sgd = (cast(Any, Struct(form)).pack_into for form in ("6q", "8d", "5d"))
+_put_arrays = cast(Any, Struct("6q")).pack_into
 
 
 class Plan:
@@ -57,13 +52,7 @@ class Plan:
         if any(W.dtype != self.dtype for layer in self.layers for W in layer.parameters().values()):
             raise Declined("layers of several dtypes are not compiled")
         self.watch(step)
-        self.code, self.blas = code_for(self.dtype.name), blas()
-        self.holding, self.letting_go = (caller(self.code.run, holding=holding) for holding in (True, False))
-        self.pool = pool_for(self.code)
-        self.threads = max(1, min(alone.cores(self.blas), len(usable_cores()), 64))
-        self.told = [
-            f"compiled: products by {self.blas.name}, {n} thread{'s' if n > 1 else ''}" for n in range(1, self.threads + 1)
-        ]
+        self.runner = Runner(self.dtype)
         self.gradients = np.zeros(self.flat.W.size, self.dtype)
         self.programs: dict[Any, Program] = {}
         self.out = self.stages[-1].out
@@ -131,18 +120,14 @@ class Plan:
                 del self.programs[next(iter(self.programs))]
             width = 1 if kind == at.IDS else self.out
             program = self.programs[key] = Program(
-                self.stages, self.dtype, self.blas, self.threads, rows, target=kind, target_width=width,
+                self.stages, self.dtype, self.runner.threads, rows, target=kind, target_width=width,
                 positive=None if self.positive is None else np.asarray(self.positive, self.dtype),
                 gather=order is not None, looks=looks, flat=self.flat, gradients=self.gradients, rule=self.rule,
-                yielding=yielding(),
             )  # fmt: skip
+            self.runner.prepare(program)
         numbers = program.numbers
         by = optimizer.scalars(optimizer.learning_rate(), optimizer.steps + 1)
-        if self.rule == at.ADAM:
-            _put_adam(numbers, 8 * at.RULE, *by)
-        else:
-            own, velocity = (1.0, by.momentum) if by.nesterov else (0.0, 1.0)
-            _put_sgd(numbers, 8 * at.RULE, by.lr, by.momentum, own, by.decay, velocity)
+        put_rule(numbers, by)
         if looks:
             numbers[at.CLIP : at.CLOSED + 1] = clip or 0.0, guard is not None, guard is not None and guard.fatal != 0
         if X.ndim != 2:
@@ -154,7 +139,7 @@ class Plan:
         _put_arrays(program.control, 8 * at.X, id(X), X.strides[0] // size, id(target), *others, len(X))
         numbers[at.FACTOR] = factor
         step.whole = False
-        helpers = self._run(program)
+        helpers = self.runner.run(program)
         if program.control[at.FLAGS]:
             step.whole = True
             return None
@@ -166,37 +151,12 @@ class Plan:
         else:
             optimizer.stepped(step.model, self.bound)
         step.whole = True
-        step.how = self.told[helpers]
+        step.how = self.runner.told[helpers]
         return np.asarray(value, self.dtype)
 
     def gathers(self, step: TrainingStep) -> bool:
         """Whether compiled code can take the rows of the target itself."""
         return self.loss_kind != at.IDS or bool(step.loss.is_plain)
-
-    def _run(self, program: Program) -> int:
-        """Run it; by how many threads beside this one."""
-        run = self.holding if program.work < _LONG else self.letting_go
-        if not program.parallel or not self.pool.lock.acquire(blocking=False):
-            if program.largest <= IN_ONE:
-                run(program.address, 0, 0)
-                return 0
-            alone.enter(self.blas)
-            try:
-                run(program.address, 0, 0)
-            finally:
-                alone.leave(self.blas)
-            return 0
-        try:
-            wanted = min(alone.cores(self.blas), len(usable_cores()), program.threads) - 1
-            others = self.pool.grow(wanted) if wanted > 0 else 0
-            alone.enter(self.blas)
-            try:
-                run(program.address, self.pool.address if others else 0, others)
-            finally:
-                alone.leave(self.blas)
-            return others
-        finally:
-            self.pool.lock.release()
 
     def _target(self, shape: tuple[int, ...], y: Host) -> tuple[int, Host | None]:
         """The kind of target and `y` as compiled code takes it; `None` where it does not fit an output of that shape."""
