@@ -68,6 +68,7 @@ def described(found: dict[str, Any]) -> str:
         "compute capability": card.get("compute_capability"), "driver": smi.get("driver_version"),
         "CUDA of the driver": card.get("driver_cuda"), "of CuPy": card.get("runtime"),
         "largest clock": smi.get("clocks.max.sm"), "power limit": smi.get("power.limit"), "commit": card.get("commit"),
+        "taken along": " and ".join(found.get("carried", [])),
     }  # fmt: skip
     told = [f"{name} {value}" for name, value in facts.items() if value]
     return f"{found['began']}. {', '.join([*told, *(f'{name} {version}' for name, version in versions.items())])}."
@@ -99,7 +100,7 @@ def _figure(line: dict[str, Any]) -> str:
         card = f"; {line['card'][1]:,.1f}" if "card" in line else ""
         return f"{line['wall'][1]:,.1f} ({line['wall'][0]:,.1f} to {line['wall'][2]:,.1f}){card}"
     if "counts" in line:
-        return ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in line["counts"].items())
+        return ", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in line["counts"].items())
     return "-"
 
 

@@ -82,7 +82,7 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, Any]
     if report.skipped and _WAITS in report.longreprtext:
         return report
     if report.when == "call" or report.outcome != "passed":
-        found = {"test": report.nodeid, "outcome": report.outcome}
+        found = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
         if report.failed:
             found["wrong"] = report.longreprtext[-1500:]
         tell(**found)
