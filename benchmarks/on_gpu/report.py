@@ -117,9 +117,10 @@ def _kernels(lines: list[dict[str, Any]]) -> list[str]:
 def _tests(lines: list[dict[str, Any]]) -> list[str]:
     outcomes = Counter(line["outcome"] for line in lines if "test" in line)
     modules = {line["test"].partition("::")[0] for line in lines if "test" in line}
+    of_all = [f" of {line['modules']}, collected in {line['collecting']} s" for line in lines if "collected" in line]
     counts = ", ".join(f"{n} {what}" for what, n in outcomes.items())
     stopped = [line["stopped"] for line in lines if "stopped" in line]
-    return [f"{counts}, of {len(modules)} modules", *stopped] if outcomes else stopped
+    return [f"{counts or 'no test ran'}, of {len(modules)} modules{''.join(of_all)}", *stopped]
 
 
 def _verified(lines: list[dict[str, Any]]) -> list[str]:
