@@ -143,10 +143,11 @@ def test_a_layer_is_so_few_kernels(backend, N, backward):
     frozen.trainable = False
     for layer, back in ((norm, backward), (frozen, 1), (drop, 1)):
         _, cache = layer.forward(X)
-        layer.gradients(X, cache)
         for work, launches in ((lambda: layer.forward(X), 1), (lambda: layer.gradients(X, cache), back)):  # noqa: B023
+            for _ in range(3):  # until memory is there, too
+                work()
             with count() as c:
                 work()
             counts = dict(vars(c))
             assert counts.pop("launches") == launches
-            assert set(counts.values()) == {0}, counts
+            assert set(counts.values()) == {0}, list(counts.items())
