@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,12 @@ def test_all_parts_together_keep_the_time(run):
     assert sum(each.seconds for each in on_gpu.PARTS[:-1]) <= 450
 
 
+def test_collecting_tests_is_not_of_the_time_of_a_suite_but_of_the_time_of_all(run):
+    run.seconds = time.monotonic() - run.began + 6.2
+    run.part(part("suite", 4 * 480 / run.seconds, "import time\ntell(collecting=60)\ntime.sleep(600)"))
+    assert "was stopped after its 6 s" in results(run)["parts"]["suite"]["trouble"][0]
+
+
 def test_wheels_of_what_is_missing_are_taken_along(tmp_path):
     wheels = tmp_path / "wheels"
     wheels.mkdir()
@@ -89,16 +96,47 @@ def test_wheels_of_what_is_missing_are_taken_along(tmp_path):
         assert results(run)["parts"]["one"]["lines"] == [{"here": True}]
 
 
-def test_the_first_tests_are_of_every_module_and_function_on_the_card_first():
-    def item(nodeid, backend=None):
-        return SimpleNamespace(nodeid=nodeid, callspec=SimpleNamespace(params={"backend": backend}))
+def item(nodeid, backend=None):
+    session = SimpleNamespace(shouldstop=False)
+    return SimpleNamespace(nodeid=nodeid, callspec=SimpleNamespace(params={"backend": backend}), session=session)
 
-    items = [
-        item("a.py::plain"), item("b.py::f[1-cupy:0]", "cupy:0"), item("b.py::f[2-cupy:0]", "cupy:0"),
-        item("b.py::f[numpy]", "numpy"), item("b.py::g[cupy:0]", "cupy:0"),
+
+ITEMS = [
+    item("a.py::plain"), item("a.py::other"),
+    item("b.py::f[1-cupy:0]", "cupy:0"), item("b.py::f[2-cupy:0]", "cupy:0"), item("b.py::f[numpy]", "numpy"),
+    item("b.py::g[cupy:0]", "cupy:0"), item("b.py::plain"), item("c.py::plain"), item("c.py::f[cupy:0]", "cupy:0"),
+    item("c.py::g[cupy:0]", "cupy:0"), item("c.py::h[cupy:0]", "cupy:0"),
+]  # fmt: skip
+ORDER = [
+    "b.py::f[1-cupy:0]", "c.py::f[cupy:0]", "a.py::plain",  # one of every module
+    "b.py::g[cupy:0]", "c.py::g[cupy:0]", "b.py::f[2-cupy:0]", "c.py::h[cupy:0]",  # by turns, every function before a second case
+    "b.py::f[numpy]", "c.py::plain", "a.py::other", "b.py::plain",  # what needs no card
+]  # fmt: skip
+
+
+def test_the_first_tests_are_of_every_module_on_the_card_where_there_are_such_and_then_by_turns():
+    assert [each.nodeid for each in spread.spread(ITEMS)] == ORDER
+
+
+def test_the_suite_stops_when_its_time_is_up_and_then_has_the_rest(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(spread, "tell", lambda **found: told.append(found))
+    monkeypatch.setattr(spread, "_done", tmp_path / "done")
+    monkeypatch.setattr(spread, "_end", None)
+    monkeypatch.setattr(spread, "SECONDS", 100)
+    spread.pytest_collection_modifyitems(first := [*ITEMS])
+    spread.pytest_runtest_setup(first[0])
+    assert not first[0].session.shouldstop
+    (tmp_path / "done").write_text("".join(f"{name}\n" for name in ORDER[:4]))
+    monkeypatch.setattr(spread, "SECONDS", -1)
+    spread.pytest_collection_modifyitems(rest := [*ITEMS])
+    assert [each.nodeid for each in rest] == ORDER[4:]
+    with pytest.raises(pytest.skip.Exception, match="no time was left"):
+        spread.pytest_runtest_setup(rest[0])
+    assert rest[0].session.shouldstop
+    assert [(line.get("collected"), line.get("before"), line.get("stopped")) for line in told] == [
+        (11, 0, None), (7, 4, None), (None, None, "its time was up"),
     ]  # fmt: skip
-    order = [each.nodeid for each in spread.spread(items)]
-    assert order == ["b.py::f[1-cupy:0]", "b.py::g[cupy:0]", "b.py::f[2-cupy:0]", "b.py::f[numpy]", "a.py::plain"]
 
 
 FOUND = {
@@ -106,7 +144,7 @@ FOUND = {
     "card": {"name": "NVIDIA Imaginary", "compute_capability": "9.0", "versions": {"numpy": "2"}, "smi": {"driver_version": "580.1"}},
     "parts": {
         "suite": {"seconds": 9.0, "trouble": [], "lines": [
-            {"test": "a.py::f", "outcome": "passed"}, {"test": "b.py::g", "outcome": "failed", "wrong": "E   1 is | not 2"},
+            {"collected": 9, "modules": 3, "before": 0, "collecting": 5.0}, {"test": "a.py::f", "outcome": "passed"}, {"test": "b.py::g", "outcome": "failed", "wrong": "E   1 is | not 2"},
         ]},
         "steps": {"seconds": 9.0, "trouble": ["was stopped"], "lines": [
             {"contestant": "step", "precision": "float32", "model": "small", "batch": 64, "sizes": [64, 10],
@@ -123,7 +161,7 @@ def test_the_report_has_the_card_the_table_and_what_is_wrong():
     assert "driver 580.1" in text
     assert "| float32 | 64-10, batch 64 | 10.0 (9.0 to 11.0); 8.0 |" in text
     assert "without JAX, jitted: no module" in text
-    assert "1 passed, 1 failed, of 2 modules" in text
+    assert "1 passed, 1 failed, of 2 modules of 3, collected in 5.0 s" in text
     assert "- suite: b.py::g: E   1 is | not 2" in text
     assert "stand-in" not in text
 

@@ -49,7 +49,7 @@ except SystemExit as end:
 
 
 def python(code, cwd, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100, check=False)
 
@@ -69,7 +69,7 @@ def test_the_core_of_the_suite_passes_without_posix(tmp_path):
     command += ["-o", "filterwarnings=error\nignore:.*this file system has no locks:RuntimeWarning"]
     not_about_it = "not pipe and not fork and not copies and not lock and not permissions and not signal and not kill and not largest and not may_not"
     not_about_it += " and not read_back and not process and not full_disk and not read_only"
-    environment = {**os.environ, "PYTHONPATH": f"{PACKAGE.parent}{os.pathsep}{TESTS}"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(TESTS)])}
     done = subprocess.run(
         [*command, "-k", not_about_it, *(str(TESTS / file) for file in files)],
         cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False,

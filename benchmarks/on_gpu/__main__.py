@@ -103,13 +103,14 @@ class Run:
 
     def _job(self, name: str, command: list[str], variables: dict[str, str], limit: float, lines: list[Any]) -> str:
         """Run a process, whose results are appended to `lines` as they come; what went wrong."""
-        answers = self.scratch / "answers"
+        answers, left = self.scratch / "answers", self.left
         answers.write_text("")
         paths = [str(ROOT), str(ROOT / "tests"), str(self.site), os.environ.get("PYTHONPATH", "")]
         environment = {
             **os.environ, **variables, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1", "ON_GPU_ANSWERS": str(answers), "ON_GPU_SECONDS": str(limit - 2),
-            "ON_GPU_SCRATCH": str(self.scratch), "ON_GPU_STAND_IN": "1" if self.is_stand_in else "",
+            "ON_GPU_LEFT": str(left - 2), "ON_GPU_SCRATCH": str(self.scratch),
+            "ON_GPU_STAND_IN": "1" if self.is_stand_in else "",
         }  # fmt: skip
         print(f"\n==== {name}: {' '.join(command)}", file=self.log, flush=True)
         began = time.monotonic()
@@ -126,7 +127,9 @@ class Run:
                 whole = text[read : text.rfind("\n") + 1]
                 if whole:
                     read += len(whole)
-                    lines += map(json.loads, whole.splitlines())
+                    fresh = list(map(json.loads, whole.splitlines()))
+                    limit = min(limit + sum(line.get("collecting", 0) for line in fresh), left)
+                    lines += fresh
                     self._take(lines)
                     self.write()
                 if process.returncode is not None:
@@ -165,14 +168,11 @@ def _card(run: Run) -> Iterator[tuple[list[str], dict[str, str]]]:
     yield _python("benchmarks.on_gpu.card"), {}
 
 
-def _suite(first: bool) -> Callable[[Run], Iterator[tuple[list[str], dict[str, str]]]]:
-    def jobs(run: Run) -> Iterator[tuple[list[str], dict[str, str]]]:
-        options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.on_gpu.spread", "--backends", "cupy:0", "tests"]
-        if not run.is_stand_in:
-            options.append("--require-cuda")
-        yield _python("pytest", *options), {"ON_GPU_FIRST": "1" if first else ""}
-
-    return jobs
+def _suite(run: Run) -> Iterator[tuple[list[str], dict[str, str]]]:
+    options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.on_gpu.spread", "--backends", "cupy:0", "tests"]
+    if not run.is_stand_in:
+        options.append("--require-cuda")
+    yield _python("pytest", *options), {}
 
 
 def _verify(run: Run) -> Iterator[tuple[list[str], dict[str, str]]]:
@@ -205,13 +205,13 @@ def _sanitizer(run: Run) -> Iterator[tuple[list[str], dict[str, str]]]:
 
 PARTS = (
     Part("card", 60, _card),
-    Part("suite", 120, _suite(first=True)),
+    Part("suite", 120, _suite),
     Part("verify", 40, _verify),
     Part("steps", 130, _steps),
     Part("kernels", 30, _kernels),
     Part("training", 30, _training),
     Part("sanitizer", 40, _sanitizer),
-    Part("suite, rest", 480, _suite(first=False)),
+    Part("suite, rest", 480, _suite),
 )
 """In the order of their worth. What one part leaves of its time the last one has."""
 

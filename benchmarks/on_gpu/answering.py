@@ -10,6 +10,8 @@ IS_STAND_IN = bool(os.environ.get("ON_GPU_STAND_IN"))
 """Whether this is the CPU stand-in for CUDA: then there are counts instead of times."""
 SECONDS = float(os.environ.get("ON_GPU_SECONDS", "inf"))
 """How long this process may take."""
+LEFT = float(os.environ.get("ON_GPU_LEFT", "inf"))
+"""How long all that is still to run may take together."""
 SCRATCH = os.environ.get("ON_GPU_SCRATCH", ".")
 
 

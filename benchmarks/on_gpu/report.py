@@ -68,6 +68,7 @@ def described(found: dict[str, Any]) -> str:
         "compute capability": card.get("compute_capability"), "driver": smi.get("driver_version"),
         "CUDA of the driver": card.get("driver_cuda"), "of CuPy": card.get("runtime"),
         "largest clock": smi.get("clocks.max.sm"), "power limit": smi.get("power.limit"), "commit": card.get("commit"),
+        "taken along": " and ".join(found.get("carried", [])),
     }  # fmt: skip
     told = [f"{name} {value}" for name, value in facts.items() if value]
     return f"{found['began']}. {', '.join([*told, *(f'{name} {version}' for name, version in versions.items())])}."
@@ -99,7 +100,7 @@ def _figure(line: dict[str, Any]) -> str:
         card = f"; {line['card'][1]:,.1f}" if "card" in line else ""
         return f"{line['wall'][1]:,.1f} ({line['wall'][0]:,.1f} to {line['wall'][2]:,.1f}){card}"
     if "counts" in line:
-        return ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in line["counts"].items())
+        return ", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in line["counts"].items())
     return "-"
 
 
@@ -117,9 +118,10 @@ def _kernels(lines: list[dict[str, Any]]) -> list[str]:
 def _tests(lines: list[dict[str, Any]]) -> list[str]:
     outcomes = Counter(line["outcome"] for line in lines if "test" in line)
     modules = {line["test"].partition("::")[0] for line in lines if "test" in line}
+    of_all = [f" of {line['modules']}, collected in {line['collecting']} s" for line in lines if "collected" in line]
     counts = ", ".join(f"{n} {what}" for what, n in outcomes.items())
     stopped = [line["stopped"] for line in lines if "stopped" in line]
-    return [f"{counts}, of {len(modules)} modules", *stopped] if outcomes else stopped
+    return [f"{counts or 'no test ran'}, of {len(modules)} modules{''.join(of_all)}", *stopped]
 
 
 def _verified(lines: list[dict[str, Any]]) -> list[str]:

@@ -1,100 +1,91 @@
 """A plugin of pytest: the suite spread so that the first minutes cover every module, and a second run has the rest.
 
-In the first run, each module's tests come in the order: of each test function one case, on the card where it has one; then
-the next case of each. A module that has had its share of the time left waits for the second run, after one test at least.
-When all time is up, the run ends.
+First comes one test of every module, on the card where the module has such; then, one module after the other again and
+again, the next of what runs on the card: of each function one case before the second of any. What needs no card comes
+last. When the time is up, the run ends; collecting the tests is not of that time.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .answering import SCRATCH, SECONDS, tell
+from .answering import LEFT, SCRATCH, SECONDS, tell
 
-_first = bool(os.environ.get("ON_GPU_FIRST"))
-_done = Path(SCRATCH) / "tests_done.json"
+_done = Path(SCRATCH) / "tests_done"  # one line for each test that has run
 _began = time.monotonic()
-_END = _began + SECONDS - 8
-_ends: dict[str, float] = {}  # by module: when its share of the time ends, once it has begun
+_end = float("inf")
 _WAITS = "no time was left"
-_modules: set[str] = set()
-_ran: set[str] = set()
 
 
 def _module(item: Any) -> str:
     return str(item.nodeid.partition("::")[0])
 
 
-def _is_of_the_card(item: Any) -> bool:
-    """Whether a test is run on the card, or speaks of it."""
-    names = getattr(item, "callspec", None) and str(item.callspec.params.get("backend"))
-    return bool(names and names.startswith("cupy"))
+def _is_on_card(item: Any) -> bool:
+    backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+    return str(backend).startswith("cupy")
+
+
+def _has_many_examples(item: Any) -> bool:
+    return hasattr(getattr(item, "obj", None), "hypothesis")
 
 
 def spread(items: list[Any]) -> list[Any]:
-    """The tests, of every function the first case first, those on the card before others, module by module."""
-    nth: Counter[tuple[str, bool]] = Counter()
+    """The tests in the order of their worth on a card: a module's first, then what runs on the card, then all else."""
+    cases: Counter[tuple[str, bool]] = Counter()
     keyed = []
     for i, item in enumerate(items):
-        function, on_card = item.nodeid.partition("[")[0], _is_of_the_card(item)
-        keyed.append((not on_card, nth[function, on_card], i, item))
-        nth[function, on_card] += 1
-    by_module: dict[str, list[Any]] = defaultdict(list)
-    for *_, item in sorted(keyed, key=lambda key: key[:3]):
-        by_module[_module(item)].append(item)
-    with_card = sorted(by_module, key=lambda name: not any(map(_is_of_the_card, by_module[name])))
-    return [item for name in with_card for item in by_module[name]]
+        function, elsewhere = item.nodeid.partition("[")[0], not _is_on_card(item)
+        keyed.append((elsewhere, cases[function, elsewhere], _has_many_examples(item), i, item))
+        cases[function, elsewhere] += 1
+    before: Counter[tuple[str, bool]] = Counter()
+    rounds = []
+    for elsewhere, _, _, i, item in sorted(keyed, key=lambda key: key[:4]):
+        module = _module(item)
+        is_first = not before[module, True] + before[module, False]
+        rounds.append((not is_first, elsewhere, before[module, elsewhere], i, item))
+        before[module, elsewhere] += 1
+    return [item for *_, item in sorted(rounds, key=lambda key: key[:4])]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Put the tests in order, less those that the first run had."""
-    before = set(json.loads(_done.read_text())) if not _first and _done.exists() else set()
+    """Put the tests in order, less those that the first run had; their time begins."""
+    global _end
+    before = set(_done.read_text().splitlines()) if _done.exists() else set()
     items[:] = [item for item in spread(items) if item.nodeid not in before]
-    _modules.update(map(_module, items))
-    tell(collected=len(items), modules=len(_modules), before=len(before))
+    now = time.monotonic()
+    tell(collected=len(items), modules=len(set(map(_module, items))), before=len(before), collecting=round(now - _began, 1))
+    limit = min(now + SECONDS, _began + LEFT) - now
+    _end = now + limit - min(8, limit / 4)  # the test that is running then, and the summary
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: Any) -> None:
-    """Pass over what has no time left."""
-    now, module = time.monotonic(), _module(item)
-    if now > _END:
-        if not item.session.shouldstop:
-            tell(stopped="its time was up")
+    """End the run when there is no time left."""
+    if time.monotonic() > _end:
+        tell(stopped="its time was up")
         item.session.shouldstop = "its time is up"
         pytest.skip(_WAITS)
-    if _first:
-        if module not in _ends:
-            _ends[module] = now + (_END - now) / (len(_modules) - len(_ends))
-        elif now > _ends[module]:
-            pytest.skip(_WAITS)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, Any]:
-    """Tell of each test how it ended."""
+    """Tell of each test how it ended, and note for the second run that it has run."""
     report = yield
     if report.skipped and _WAITS in report.longreprtext:
         return report
     if report.when == "call" or report.outcome != "passed":
-        found = {"test": report.nodeid, "outcome": report.outcome}
+        found = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
         if report.failed:
             found["wrong"] = report.longreprtext[-1500:]
         tell(**found)
-        _ran.add(report.nodeid)
+        with _done.open("a") as done:
+            done.write(f"{report.nodeid}\n")
     return report
-
-
-def pytest_sessionfinish() -> None:
-    """Note what has run, for the second run."""
-    before = json.loads(_done.read_text()) if _done.exists() else []
-    _done.write_text(json.dumps([*before, *_ran]))

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from conftest import _MAKERS, Backend, Unavailable, make_backend
 
-import anyarray_linear
 from anyarray_linear import Device, select_device
 from anyarray_linear.arrays import selection
 
@@ -343,7 +342,7 @@ def in_a_new_process(code: str) -> str:
     import os
     import textwrap
 
-    environment = dict(os.environ, PYTHONPATH=str(Path(anyarray_linear.__file__).parents[1]))
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=120
     )

@@ -63,7 +63,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def started(*arguments: object, cwd: Path) -> Iterator[subprocess.Popen[str]]:
     """The command line in a process of its own, which does not outlive the context."""
     command = [sys.executable, "-m", "anyarray_linear", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": ""}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     with subprocess.Popen(command, cwd=cwd, env=environment, **pipes) as process:
         try:
@@ -834,7 +834,7 @@ def test_help_teaches_and_loads_no_array_library_but_numpy(tmp_path: Path) -> No
         "except SystemExit as end: assert end.code == 0\n"
         "print(sorted({'cupy', 'torch', 'jax', 'matplotlib'} & set(sys.modules)))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "100"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "anyarray-linear train --data" in done.stdout
@@ -873,7 +873,7 @@ def test_examples_in_the_help_are_options_that_exist(run: Callable[..., Outcome]
 @pytest.mark.parametrize(("shell", "words", "count"), [("bash", "anyarray-linear ex", 1), ("zsh", "anyarray-linear train --ep", 2)])
 def test_shell_completes_commands_and_options(shell: str, words: str, count: int) -> None:
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "_ANYARRAY_LINEAR_COMPLETE": f"complete_{shell}", "COMP_WORDS": words,
+        **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "_ANYARRAY_LINEAR_COMPLETE": f"complete_{shell}", "COMP_WORDS": words,
         "COMP_CWORD": str(count), "_TYPER_COMPLETE_ARGS": words,
     }  # fmt: skip
     command = [sys.executable, "-m", "anyarray_linear"]

@@ -26,7 +26,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="a shell and names of byte
 def command(line, cwd, **environment):
     """A line of a shell, in which `anyarray-linear` is this package."""
     line = line.replace("anyarray-linear", f"'{sys.executable}' -m anyarray_linear")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
     return subprocess.run(["bash", "-c", line], cwd=cwd, env=environment, capture_output=True, timeout=100, check=False)
 
 

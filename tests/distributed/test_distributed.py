@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[2]
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": os.pathsep.join(sys.path),
     "OPENBLAS_NUM_THREADS": "1",
     "CUPY_CPU_DEVICES": "4",  # of the stand-in
     "OMPI_ALLOW_RUN_AS_ROOT": "1",  # Open MPI's own two locks against root, and its one against more ranks than cores
@@ -675,7 +675,7 @@ def test_the_cores_are_shared_unless_the_user_has(tmp_path):
     module.write_text(code)
     start = "from anyarray_linear.distributed.launching import launch; launch(2, 'said', [])"
     bare = {name: value for name, value in ENVIRONMENT.items() if not name.endswith("_NUM_THREADS")}
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    paths = {"PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)])}
     for threads, expected in (({}, max(1, len(usable_cores()) // 2)), ({"OPENBLAS_NUM_THREADS": "7"}, 7)):
         out = subprocess.check_output([sys.executable, "-c", start], env={**bare, **paths, **threads}, text=True, timeout=PATIENCE)
         assert out.split() == [str(expected)] * 2

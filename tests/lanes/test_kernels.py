@@ -82,6 +82,8 @@ for optimizer in (SGD(0.1, momentum=0.9), Adam(), AdamW(clip_norm=1.0)):
             epochs=1, batch_size=16, progress=False)
 large = Device.of(model[0].W).asarray(rng.standard_normal((3000, 5)).astype("f"))
 MeanSquaredError().forward(large, large)
+for layer in (Dropout(0.5, seed=0), LayerNorm(5, dtype="float32", device="cuda")):
+    layer.backward(*layer.forward(large))
 ReLU().forward(large)
 
 from anyarray_linear.lanes.cupy import programs

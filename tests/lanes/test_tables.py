@@ -12,6 +12,8 @@ import pytest
 from anyarray_linear import (
     GELU,
     Adam,
+    Dropout,
+    LayerNorm,
     Linear,
     MeanSquaredError,
     ReLU,
@@ -107,6 +109,10 @@ def test_every_lane_is_taken_by_somebody(backend, monkeypatch):
         with backend.computing():
             layers[0].gradients(model[0](X), {"X": X})
         layers[0].trainable = True
+        norm = LayerNorm(5, dtype="float32", device=backend.device)
+        fit(Sequential(norm, Dropout(0.5, seed=0), *model), X, y, loss=loss, optimizer=Adam(), epochs=1, progress=False)
+        norm.trainable = False
+        norm.gradients(*norm.forward(X))
         fit(model, X, y, loss=loss, optimizer=Adam(), epochs=2, batch_size=4, progress=False)
         TrainingStep(model, loss, Adam())(X, y)
     unused = {portable for _, table in tables(backend) for portable in table} - taken

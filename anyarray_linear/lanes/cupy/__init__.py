@@ -7,12 +7,14 @@ the arrays. They hold no memory between calls, so any number of threads and stre
 """
 
 from ...activations import activation, activation_gradient
+from ...dropout import dropped, dropped_gradient
 from ...guard import judged
 from ...linear import affine, affine_gradients, input_gradient
 from ...losses import cross_entropy, cross_entropy_gradient, squared_error, squared_error_gradient
+from ...normalization import normalized, normalized_gradients, normalized_input_gradient
 from ...optimizers import apply_update
 from ...step import training_step, training_step_on_rows
-from . import activations, captured, guard, losses, products, update
+from . import activations, captured, dropout, guard, losses, normalization, products, update
 
 OPERATIONS = {
     affine: products.forward,
@@ -20,6 +22,11 @@ OPERATIONS = {
     input_gradient: products.input_gradient,
     activation: activations.activation,
     activation_gradient: activations.activation_gradient,
+    dropped: dropout.dropped,
+    dropped_gradient: dropout.dropped_gradient,
+    normalized: normalization.normalized,
+    normalized_gradients: normalization.normalized_gradients,
+    normalized_input_gradient: normalization.normalized_input_gradient,
     cross_entropy: losses.cross_entropy,
     cross_entropy_gradient: losses.cross_entropy_gradient,
     squared_error: losses.squared_error,

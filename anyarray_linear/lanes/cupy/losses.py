@@ -10,32 +10,13 @@ import cupy
 
 from ...arrays.place import Array, Namespace
 from ...averages import reciprocal
+from . import rows
 from .kernels import ACCUMULATOR, THREADS, blocks, by_value, contiguous, kernel
 
 ONE_BLOCK = 1 << 11
 """A loss over up to so many elements is one kernel of one block; over more, the blocks' sums are added by a second one."""
 
-_ROWS = """
-struct Sizes { long long rows, classes; double factor; int shift, blocks; };
-
-// `1 << shift` neighbours in a warp share a row. Every thread makes every round, with or without a row: a shuffle takes
-// the whole warp.
-__device__ A shared_sum(A x, int width)
-{
-    for (int o = width / 2; o > 0; o /= 2) x += __shfl_xor_sync(0xffffffffu, x, o);
-    return x;
-}
-#define WALK \\
-    const int width = 1 << s.shift, neighbour = threadIdx.x & (width - 1); \\
-    const long long stride = STRIDE >> s.shift, mine = INDEX >> s.shift; \\
-    for (long long first = 0; first < s.rows; first += stride)
-#define ROW \\
-    const bool here = first + mine < s.rows; \\
-    const long long row = here ? first + mine : 0, start = row * s.classes, end = here ? s.classes : 0;
-#define EACH_CLASS for (long long j = neighbour; j < end; j += width)
-"""
-
-_CROSS_ENTROPY = _ROWS + """
+_CROSS_ENTROPY = rows.SOURCE + """
 KERNEL cross_entropy(const T* Z, const TARGET* target, T* P, A* partial, T* loss, const Sizes s)
 {
     A total = 0;
@@ -43,24 +24,24 @@ KERNEL cross_entropy(const T* Z, const TARGET* target, T* P, A* partial, T* loss
         ROW
         const T* z = Z + start;
         A top = A(z[0]);  // a NaN need not get here: it is in the sum, too
-        EACH_CLASS top = max(top, A(z[j]));
+        EACH_COLUMN top = max(top, A(z[j]));
         for (int o = width / 2; o > 0; o /= 2) top = max(top, __shfl_xor_sync(0xffffffffu, top, o));
         A S = 0;
-        EACH_CLASS S += exp(A(z[j]) - top);
+        EACH_COLUMN S += exp(A(z[j]) - top);
         S = shared_sum(S, width);
         A term = 0;
 #ifdef IDS
         const long long id = (long long)target[row];
         if (neighbour == 0)
-            term = id < 0 || id >= s.classes ? A(__int_as_float(0x7fc00000)) : log(S) - (A(z[id]) - top);
+            term = id < 0 || id >= s.columns ? A(__int_as_float(0x7fc00000)) : log(S) - (A(z[id]) - top);
 #else
-        EACH_CLASS {
+        EACH_COLUMN {
             const A t = A(target[start + j]);
             term += t * (log(S) - (t == A(0) ? A(0) : A(z[j]) - top));
         }
 #endif
         if (here) total += term;
-        EACH_CLASS P[start + j] = T(exp(A(z[j]) - top) / S);
+        EACH_COLUMN P[start + j] = T(exp(A(z[j]) - top) / S);
     }
     total = block_sum(total);
     if (threadIdx.x == 0) {
@@ -70,7 +51,7 @@ KERNEL cross_entropy(const T* Z, const TARGET* target, T* P, A* partial, T* loss
 }
 """
 
-_CROSS_ENTROPY_GRADIENT = _ROWS + """
+_CROSS_ENTROPY_GRADIENT = rows.SOURCE + """
 KERNEL cross_entropy_gradient(const T* P, const TARGET* target, T* dZ, const Sizes s)
 {
     const A factor = A(s.factor);
@@ -78,16 +59,16 @@ KERNEL cross_entropy_gradient(const T* P, const TARGET* target, T* dZ, const Siz
         ROW
 #ifdef IDS
         const long long id = (long long)target[row];
-        const bool wrong = id < 0 || id >= s.classes;
-        EACH_CLASS {
+        const bool wrong = id < 0 || id >= s.columns;
+        EACH_COLUMN {
             const A t = wrong ? A(__int_as_float(0x7fc00000)) : A(j == id);
             dZ[start + j] = T((A(P[start + j]) - t) * factor);
         }
 #else
         A sum = 0;
-        EACH_CLASS sum += A(target[start + j]);
+        EACH_COLUMN sum += A(target[start + j]);
         sum = shared_sum(sum, width);
-        EACH_CLASS dZ[start + j] = T((A(P[start + j]) * sum - A(target[start + j])) * factor);
+        EACH_COLUMN dZ[start + j] = T((A(P[start + j]) * sum - A(target[start + j])) * factor);
 #endif
     }
 }
@@ -143,11 +124,10 @@ def _cross_entropy(name: str, source: str, dtype: str, ids: Any) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _row_sizes(size: int, classes: int) -> tuple[int, int, float, Any]:
-    """Blocks forward and back, the factor, the sizes: a thread takes about four classes, and at most a warp shares a row."""
-    rows = size // classes
-    shift = min(5, (-(-classes // 4) - 1).bit_length())
-    spread, factor = blocks(rows << shift), reciprocal(rows)
-    sizes = by_value(struct.pack("qqdii", rows, classes, factor, shift, 0))
+    """Blocks forward and back, the factor, and the sizes."""
+    count = size // classes
+    (shift, spread), factor = rows.shared(count, classes), reciprocal(count)
+    sizes = by_value(struct.pack(rows.SIZES, count, classes, factor, shift, 0))
     return 1 if size <= ONE_BLOCK else spread, spread, factor, sizes
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import activations, guard, losses, recording, update
+from . import activations, dropout, guard, losses, normalization, recording, update
 from .kernels import TYPES, kernel
 
 
@@ -28,6 +28,12 @@ def raw() -> Iterator[tuple[str, str, Any]]:
         yield "squared error", dtype, kernel("squared_error", losses._SQUARED_ERROR, dtype)
         yield "squared error, gradient", dtype, kernel("scaled", losses._SCALED, dtype)
         yield "finish", dtype, kernel("finish", losses._FINISH, dtype)
+        yield "dropout", dtype, kernel("drop", dropout._DROP, dtype)
+        yield "dropout, gradient", dtype, kernel("drop_gradient", dropout._GRADIENT, dtype)
+        yield "normalization", dtype, kernel("normalize", normalization._NORMALIZE, dtype)
+        yield "normalization, gradient", dtype, kernel("normalize_gradient", normalization._GRADIENT, dtype)
+        yield "normalization, parameters", dtype, kernel("column_sums", normalization._COLUMN_SUMS, dtype)
+        yield "normalization, parts", dtype, kernel("add_parts", normalization._ADD_PARTS, dtype)
         for rule in update._RULES:
             yield rule.__name__, dtype, update._kernel(rule, dtype)
         yield "squares", dtype, kernel("squares", update._SQUARES, dtype)
