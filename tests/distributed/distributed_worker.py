@@ -429,6 +429,9 @@ class Scenarios:
                 events.append("synchronize")
                 current().synchronize()
 
+            def __getattr__(self, name):
+                return getattr(current(), name)
+
         class Watched:
             def __init__(self, comm):
                 self.comm = comm
