@@ -226,7 +226,7 @@ def test_a_plot_shows_every_number_of_its_table(site: Path) -> None:
         table = re.search(re.escape(title) + r".*\n\n((?:\|.*\n)+)", source)
         assert table is not None
         rows = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in table[1].splitlines()]
-        plain = [n for n in range(1, len(rows[0])) if all(re.fullmatch(r"[\d., ]+", row[n]) for row in rows[2:])]
+        plain = [n for n in range(1, len(rows[0])) if all(re.fullmatch(r"[\d.]+(, [\d.]+)*", row[n]) for row in rows[2:])]
         numbers = sum(len(row[n].split(", ")) for n in plain for row in rows[2:])
         svg = html[: html.index(f"<figcaption>{title}<")].rpartition("<svg")[2]
         assert svg.count("<circle") == numbers + len(plain), title  # and one for each name
