@@ -12,52 +12,68 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cupy
-import numpy as np
 
 from ...arrays.place import Array, Namespace
 from ...binding import Binding, Flat, flat_of
 from ...optimizers import SGD, Adam, AdamW, apply_update
-from .kernels import THREADS, TYPES, contiguous, kernel
+from .kernels import ACCUMULATOR, THREADS, TYPES, contiguous, kernel
 from .tables import COUNT, SOURCE, tables
 
 NUMBERS = 9
 """Numbers that a step has: the largest norm, and up to eight of its rule."""
 
-_WIDE = """
-// in double, where no square of a float overflows, and the quotient of two norms is in range
-__device__ double wide_sum(double x)
+_SCALED = """
+// The squares of a block are summed in units of a power of two near its largest element, so that none of them overflows, and
+// scaling gradients by a power of two changes no bit. What underflows then is nothing beside the rest.
+#define LIMIT (sizeof(A) == 4 ? 100 : 1000)
+
+__device__ A block_top(A x)
 {
-    __shared__ double sums[THREADS];
-    sums[threadIdx.x] = x;
+    __shared__ A tops[THREADS];
+    tops[threadIdx.x] = x;
     for (int n = THREADS / 2; n > 0; n /= 2) {
         __syncthreads();
-        if (threadIdx.x < n) sums[threadIdx.x] += sums[threadIdx.x + n];
+        if (threadIdx.x < n && tops[threadIdx.x + n] > tops[threadIdx.x]) tops[threadIdx.x] = tops[threadIdx.x + n];
     }
     __syncthreads();
-    return sums[0];
+    return tops[0];
 }
+
+__device__ A power(int exponent) { return A(ldexp(A(1), exponent)); }
 """
 
-_SQUARES = SOURCE + _WIDE + """
-KERNEL squares(const Table dW, double* partial)
+_SQUARES = SOURCE + _SCALED + """
+KERNEL squares(const Table dW, A* partial)
 {
-    double total = 0;
+    A top = 0;
     EACH_ELEMENT(dW)
-        const double g = A(dW.x[k][i]);
+        const A size = abs(A(dW.x[k][i]));
+        if (size > top) top = size;
+    END
+    top = block_top(top);
+    int unit = top > A(0) && top - top == A(0) ? int(ilogb(top)) : 0;
+    unit = unit > LIMIT ? LIMIT : unit < -LIMIT ? -LIMIT : unit;
+    const A shrink = power(-unit);
+    A total = 0;
+    EACH_ELEMENT(dW)
+        const A g = A(dW.x[k][i]) * shrink;
         total += g * g;
     END
-    total = wide_sum(total);
-    if (threadIdx.x == 0) partial[blockIdx.x] = total;
+    total = block_sum(total);
+    if (threadIdx.x == 0) {
+        partial[2 * blockIdx.x] = total;
+        partial[2 * blockIdx.x + 1] = A(unit);
+    }
 }
 """
 
-_UPDATE = SOURCE + _WIDE + f"""
+_UPDATE = SOURCE + _SCALED + f"""
 struct Numbers {{ double clip_norm, of[{NUMBERS - 1}]; }};
 struct Step {{
     Table dW;
     T *W, *M, *V;
     const bool* where;
-    const double* partial;
+    const A* partial;
     long long partials;
     const Numbers* there;  // null: they are here
     Numbers here;
@@ -68,17 +84,24 @@ KERNEL update(const Step s)
     if (s.where && !*s.where) return;
     const Numbers numbers = s.there ? *s.there : s.here;
     const double* const of = numbers.of;
-    double scale = 1;
+    A scale = 1, half = 1, rest = 1;  // gradients are scaled by all three: two halves of a power of two, and what it leaves
     if (s.partials) {  // every block adds up the same numbers in the same order
-        double squares = 0;
-        for (long long i = threadIdx.x; i < s.partials; i += THREADS) squares += s.partial[i];
-        scale = numbers.clip_norm / (sqrt(wide_sum(squares)) + 1e-6);
-        if (scale > 1) scale = 1;
+        A top = -LIMIT;
+        for (long long i = threadIdx.x; i < s.partials; i += THREADS)
+            if (s.partial[2 * i + 1] > top) top = s.partial[2 * i + 1];
+        const int unit = int(block_top(top));
+        A squares = 0;
+        for (long long i = threadIdx.x; i < s.partials; i += THREADS)
+            squares += s.partial[2 * i] * power(2 * (int(s.partial[2 * i + 1]) - unit));
+        const A norm = sqrt(block_sum(squares)) + A(1e-6) * power(-unit);
+        scale = A(numbers.clip_norm) / norm;
+        if (scale > power(unit)) scale = 1;
+        else half = power(-unit / 2), rest = power(-unit - (-unit / 2));
     }
     NAMES
     EACH_ELEMENT(s.dW)
         A w = A(s.W[n]), g = A(s.dW.x[k][i]);
-        if (s.partials) g = A(g * scale);
+        if (s.partials) g = g * half * scale * rest;
         RULE
         s.W[n] = T(w);
     END
@@ -150,11 +173,11 @@ def update(
     partials, partial = 0, None
     if optimizer.clip_norm is not None:
         partials = sum(table.blocks for table in found)
-        partial = cupy.ndarray((partials,), np.float64)
+        partial = cupy.ndarray((partials, 2), ACCUMULATOR[dtype.char])
         squares, address = kernel("squares", _SQUARES, dtype.char), partial.data.ptr
         for table, part in zip(found, parts, strict=True):
             squares((table.blocks,), (THREADS,), (table.filled(part), address))
-            address += table.blocks * partial.itemsize
+            address += table.blocks * 2 * partial.itemsize
     rule: Any = type(optimizer)
     work = _kernel(rule, dtype.char)
     flag, sums = (0 if x is None else x.data.ptr for x in (where, partial))
