@@ -1,17 +1,15 @@
 """Pin anew what the images are made of: `python docker/refresh.py`, or only some of it: `... locks base actions`.
 
 - `locks`: every Python package with its version and hashes, in `docker/locks/`, for Python 3.11 and newer; needs `uv`.
-- `base`: the digest of the base image, in `docker/Dockerfile`; asks Docker Hub.
+- `base`: the digest of the base image, in `docker/Dockerfile`; asks `docker buildx imagetools`.
 - `actions`: the commits of the actions, in `docker/gpu-tests.yaml`; asks GitHub by `git ls-remote`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +21,6 @@ LOCKS = {  # what each stage of the Dockerfile installs, in groups of requiremen
     "cuda12": ["core", "cuda12"],
     "cuda13": ["core", "cuda13"],
 }
-KINDS = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
 
 
 def locks() -> None:
@@ -69,14 +66,9 @@ def pinned_base(dockerfile: str, digest: str) -> str:
 
 
 def digest_of(name: str, tag: str) -> str:
-    """What Docker Hub has under a tag of an official image, for all kinds of processors together."""
-    scope = f"service=registry.docker.io&scope=repository:library/{name}:pull"
-    with urllib.request.urlopen(f"https://auth.docker.io/token?{scope}", timeout=60) as answer:
-        token = json.load(answer)["token"]
-    headers = {"Authorization": f"Bearer {token}", "Accept": ", ".join(KINDS)}
-    asked = f"https://registry-1.docker.io/v2/library/{name}/manifests/{tag}"
-    with urllib.request.urlopen(urllib.request.Request(asked, headers=headers, method="HEAD"), timeout=60) as answer:
-        return str(answer.headers["Docker-Content-Digest"])
+    """What a tag of an official image is now, for all kinds of processors together, by Docker's own client."""
+    asked = ["docker", "buildx", "imagetools", "inspect", f"{name}:{tag}", "--format", "{{.Manifest.Digest}}"]
+    return subprocess.check_output(asked, text=True).strip()
 
 
 def actions() -> None:
