@@ -208,3 +208,11 @@ def test_all_of_it_runs_to_its_end_on_the_stand_in_from_an_unpacked_archive(tmp_
     assert [line for each in found["parts"].values() for line in each["lines"] if line.get("wrong")] == []
     assert report.STAND_IN in done.stdout
     assert all("wall" not in line for line in found["parts"]["steps"]["lines"])
+
+
+def test_a_slice_of_the_suite_that_its_time_ends_is_no_failure_but_one_that_ran_nothing_is():
+    cut = {"trouble": ["-m pytest -q was stopped after its 66 s"], "lines": [{"test": "tests/test_linear.py::test", "outcome": "passed"}]}
+    assert on_gpu.failures({"suite": cut}) == []
+    assert on_gpu.failures({"suite": {**cut, "lines": [{"collected": 7}]}}) == cut["trouble"]
+    assert on_gpu.failures({"verify": cut}) == cut["trouble"]
+    assert on_gpu.failures({"suite": {"trouble": [], "lines": [{"wrong": "a test"}]}}) == [{"wrong": "a test"}]
