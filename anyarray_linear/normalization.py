@@ -32,16 +32,13 @@ Means and variances are formed in float32 for float16 inputs, and the variance f
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 from typing import Any, Self
-
-import numpy as np
 
 from .arrays.checks import check_alike, check_float, check_shape, describe
 from .arrays.device import Device
 from .arrays.memory import explained_memory
-from .arrays.numbers import real
+from .arrays.numbers import real, whole
 from .arrays.pickling import pin, unpin
 from .arrays.place import Array, Namespace, computing_on, device_of, dtype_name, place_of
 from .arrays.selection import select_device
@@ -72,17 +69,12 @@ class LayerNorm:
     """Whether its parameters are trained; if not, `gradients` gives none for them, and forms no sum for them."""
 
     def __init__(self, features: int, eps: float = 1e-5, *, dtype: Any = None, device: Any = None) -> None:
-        try:
-            count = None if isinstance(features, (bool, np.bool_)) else operator.index(features)
-        except TypeError:
-            count = None
-        if count is None or count < 1:
-            raise (TypeError if count is None else ValueError)(f"features is {features!r}; it must be an int >= 1")
+        count = whole("features", features)
         self.eps = real("eps", eps)
         place = select_device("cpu" if device is None else device)
         dtype = place.dtype(dtype)
         with explained_memory(place, "use another device"):
-            self.W, self.b = (place.asarray(np.full(count, value), dtype=dtype) for value in (1.0, 0.0))
+            self.W, self.b = (place.asarray([value] * count, dtype=dtype) for value in (1.0, 0.0))
         self.dW = self.db = None
 
     @property
