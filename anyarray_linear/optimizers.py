@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from .arrays.checks import check_array, check_place
 from .arrays.numbers import real
@@ -20,7 +20,10 @@ from .protocol import stored_gradients
 
 
 class _Real:
-    """A hyper-parameter that is a real number in `[low, below)`: checked, and made a Python float, when assigned."""
+    """A hyper-parameter that is a real number in `[0, below)`: checked, and made a Python float, when assigned.
+
+    It is kept under its own name, where Python finds it by itself: reading one is part of every step.
+    """
 
     def __init__(self, below: float = math.inf) -> None:
         self.below = below
@@ -28,8 +31,9 @@ class _Real:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
-        return self if optimizer is None else optimizer.__dict__[self.name]
+    if TYPE_CHECKING:
+
+        def __get__(self, optimizer: Any, owner: type | None = None) -> Any: ...
 
     def __set__(self, optimizer: Any, value: Any) -> None:
         optimizer.__dict__[self.name] = self.checked(value)
