@@ -63,7 +63,8 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     items[:] = [item for item in spread(items) if item.nodeid not in before]
     now = time.monotonic()
     if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":  # the others collect the same
-        tell(collected=len(items), modules=len(set(map(_module, items))), before=len(before), collecting=round(now - _began, 1))
+        about = {"collected": len(items), "modules": len(set(map(_module, items))), "before": len(before)}
+        tell(**about, collecting=round(now - _began, 1))
     limit = min(now + SECONDS, _began + LEFT) - now
     _end = now + limit - min(8, limit / 4)  # the test that is running then, and the summary
 
