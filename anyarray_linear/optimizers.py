@@ -70,7 +70,7 @@ class _Betas(_Real):
         return real("betas[0]", value[0], 0.0, 1.0), real("betas[1]", value[1], 0.0, 1.0)
 
 
-class Optimizer:
+class Rule:
     """What all rules share: the learning rate, clipping, the moments, and the step.
 
     A rule of one's own gives `moment_names`, `scalars` and `update`.
@@ -230,7 +230,7 @@ class Optimizer:
 
 def apply_update(
     xp: Namespace,
-    optimizer: Optimizer,
+    optimizer: Rule,
     bound: Binding,
     gradients: Mapping[str, Array],
     by: Any,
@@ -301,7 +301,7 @@ class SGDScalars(NamedTuple):
     decay: float
 
 
-class SGD(Optimizer):
+class SGD(Rule):
     """Stochastic gradient descent: `V = momentum V + dW`, `W -= lr V`; with `nesterov`, `W -= lr (dW + momentum V)`.
 
     lr: a float or a schedule, `step -> float`. momentum: at least 0. weight_decay: adds `weight_decay W` to the gradient.
@@ -366,7 +366,7 @@ class AdamScalars(NamedTuple):
     shrink: float
 
 
-class Adam(Optimizer):
+class Adam(Rule):
     """Adam: running means `M` of the gradient and `V` of its square, corrected for starting at 0 (Kingma and Ba, 2014).
 
     lr: a float or a schedule, `step -> float`. betas: the two means' memories, each in [0, 1). eps: added to the root.

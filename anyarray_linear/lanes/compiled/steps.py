@@ -13,6 +13,7 @@ from ...averages import shares, weights_of_rows
 from ...binding import flat_of
 from ...guard import Guard
 from ...linear import Linear
+from ...optimizers import Rule
 from ...step import TrainingStep, loss_and_gradients, training_step, training_step_on_rows
 from . import layout as at
 from .building import Declined
@@ -35,12 +36,12 @@ class Plan:
 
     def __init__(self, xp: Namespace, step: TrainingStep) -> None:
         model, optimizer = step.model, step.optimizer
+        self.rule, self.loss_kind = rule_of(optimizer), loss_kind(step.loss)
         self.bound = optimizer.bind(model)
         self.flat = flat_of(xp, self.bound)
         self.dtype = self.flat.W.dtype
         if self.dtype.name not in ("float32", "float64") or not self.dtype.isnative:
             raise Declined(f"{self.dtype.name} is not compiled")
-        self.rule, self.loss_kind = rule_of(optimizer), loss_kind(step.loss)
         self.positive = getattr(step.loss, "positive_weights", None)
         self.layers = layers_of(model)
         trained = {id(layer) for _, layer in self.bound.leaves}
@@ -212,7 +213,7 @@ def plan_for(xp: Namespace, step: TrainingStep) -> Plan | None:
         if "portable" in step.kept:  # it was said why
             step.how = step.kept["portable"]
             return None
-        if step.optimizer.steps < patience(step):
+        if isinstance(step.optimizer, Rule) and step.optimizer.steps < patience(step):  # another is never compiled
             step.how = "portable: compiled code is for steps that are many, and is loaded after the first ones"
             return None
     elif plan.still_holds(xp, step):
