@@ -20,10 +20,7 @@ from .protocol import stored_gradients
 
 
 class _Real:
-    """A hyper-parameter that is a real number in `[0, below)`: checked, and made a Python float, when assigned.
-
-    It is kept under its own name, where Python finds it by itself: reading one is part of every step.
-    """
+    """A hyper-parameter that is a real number in `[0, below)`: checked, and made a Python float, when assigned."""
 
     def __init__(self, below: float = math.inf) -> None:
         self.below = below
@@ -31,7 +28,7 @@ class _Real:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # it is read by its name, which costs each step less
 
         def __get__(self, optimizer: Any, owner: type | None = None) -> Any: ...
 
