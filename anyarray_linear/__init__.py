@@ -15,7 +15,7 @@ from .linear import Linear, LinearGradients, linear_backward, linear_forward
 from .losses import Loss, MeanSquaredError, SoftmaxCrossEntropy, softmax
 from .normalization import LayerNorm
 from .optimizers import SGD, Adam, AdamW
-from .protocol import Layer, restore, snapshot
+from .protocol import Layer, Optimizer, restore, snapshot
 from .sequential import Sequential
 from .step import TrainingStep
 from .training import EarlyStopping, History, NonFiniteError, evaluate, fit, predict
@@ -41,6 +41,7 @@ __all__ = [
     "Loss",
     "MeanSquaredError",
     "NonFiniteError",
+    "Optimizer",
     "ReLU",
     "Sequential",
     "SiLU",

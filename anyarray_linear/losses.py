@@ -50,11 +50,11 @@ class Loss(Protocol):
       batch gave, float64 on the host, its first axis the batches, whose numbers of rows are `rows`.
     """
 
-    def forward(self, Z: Array, target: Array) -> tuple[Array, Any]:
+    def forward(self, Z: Array, target: Array, /) -> tuple[Array, Any]:
         """`(loss, cache)` for outputs `Z` `(N, ...)`: a 0-d array where `Z` is, and what `backward` will need."""
         ...
 
-    def backward(self, cache: Any) -> Array:
+    def backward(self, cache: Any, /) -> Array:
         """`dZ`, the gradient of the loss by `Z`; a loss that is a mean divides here."""
         ...
 

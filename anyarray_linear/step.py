@@ -11,9 +11,10 @@ from typing import Any
 
 from .arrays.checks import check_array
 from .arrays.operations import lanes_are_on
-from .arrays.place import Array, Namespace, Place, is_array, place_of
+from .arrays.place import NOWHERE, Array, Namespace, Place, is_array, place_of
 from .guard import Guard
-from .protocol import leaves, parameters, state_of
+from .losses import Loss
+from .protocol import Layer, Optimizer, leaves, parameters, state_of
 
 Gradients = dict[str, Array]
 
@@ -82,16 +83,19 @@ class TrainingStep:
 
     def __init__(
         self,
-        model: Any,
-        loss: Any,
-        optimizer: Any,
+        model: Layer,
+        loss: Loss,
+        optimizer: Optimizer,
         *,
         guard: Guard | None = None,
         gradients: Callable[[Any, Any, Array, Array, Array | None], tuple[Array, Gradients]] = loss_and_gradients,
     ) -> None:
         if not parameters(model):
             raise TypeError(f"model is {model!r:.80}, which has no parameters to train")
-        self.model, self.loss, self.optimizer, self.guard, self.gradients = model, loss, optimizer, guard, gradients
+        self.model: Any = model  # lanes look for what theirs have besides
+        self.loss: Any = loss
+        self.optimizer: Any = optimizer
+        self.guard, self.gradients = guard, gradients
         self.number = 0
         """How many steps were taken; a guard counts by it."""
         self.rows: int | None = None
@@ -114,9 +118,11 @@ class TrainingStep:
 
         Raises `TypeError` or `ValueError`, before anything is changed, for what does not fit.
         """
-        check_array("X", X)
+        place = place_of(X)
+        if place is NOWHERE:
+            check_array("X", X)
         self._how_without_lanes()
-        value = place_of(X).run(training_step, self, X, y, weights)
+        value = place.run(training_step, self, X, y, weights)
         self.number += 1
         return value
 
