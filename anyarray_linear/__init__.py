@@ -15,7 +15,7 @@ from .linear import Linear, LinearGradients, linear_backward, linear_forward
 from .losses import Loss, MeanSquaredError, SoftmaxCrossEntropy, softmax
 from .normalization import LayerNorm
 from .optimizers import SGD, Adam, AdamW
-from .protocol import Layer, restore, snapshot
+from .protocol import Layer, Optimizer, restore, snapshot
 from .scaling import LossScale
 from .sequential import Sequential
 from .step import TrainingStep
@@ -43,6 +43,7 @@ __all__ = [
     "LossScale",
     "MeanSquaredError",
     "NonFiniteError",
+    "Optimizer",
     "ReLU",
     "Sequential",
     "SiLU",

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from .arrays.dtypes import wide
 from .arrays.place import Array, Namespace, computing_on, dtype_name, place_of
-from .scaling import wide
 
 
 def unscaled(xp: Namespace, dW: Array, scale: Array | None) -> Array:

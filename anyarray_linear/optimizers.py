@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from .arrays.checks import check_array, check_place
 from .arrays.numbers import real
@@ -20,7 +20,7 @@ from .protocol import stored_gradients
 
 
 class _Real:
-    """A hyper-parameter that is a real number in `[low, below)`: checked, and made a Python float, when assigned."""
+    """A hyper-parameter that is a real number in `[0, below)`: checked, and made a Python float, when assigned."""
 
     def __init__(self, below: float = math.inf) -> None:
         self.below = below
@@ -28,8 +28,9 @@ class _Real:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
-        return self if optimizer is None else optimizer.__dict__[self.name]
+    if TYPE_CHECKING:  # it is read by its name, which costs each step less
+
+        def __get__(self, optimizer: Any, owner: type | None = None) -> Any: ...
 
     def __set__(self, optimizer: Any, value: Any) -> None:
         optimizer.__dict__[self.name] = self.checked(value)
@@ -66,7 +67,7 @@ class _Betas(_Real):
         return real("betas[0]", value[0], 0.0, 1.0), real("betas[1]", value[1], 0.0, 1.0)
 
 
-class Optimizer:
+class Rule:
     """What all rules share: the learning rate, clipping, the moments, and the step.
 
     A rule of one's own gives `moment_names`, `scalars` and `update`.
@@ -245,7 +246,7 @@ class Optimizer:
 
 def apply_update(
     xp: Namespace,
-    optimizer: Optimizer,
+    optimizer: Rule,
     bound: Binding,
     gradients: Mapping[str, Array],
     by: Any,
@@ -279,7 +280,7 @@ class SGDScalars(NamedTuple):
     decay: float
 
 
-class SGD(Optimizer):
+class SGD(Rule):
     """Stochastic gradient descent: `V = momentum V + dW`, `W -= lr V`; with `nesterov`, `W -= lr (dW + momentum V)`.
 
     lr: a float or a schedule, `step -> float`. momentum: at least 0. weight_decay: adds `weight_decay W` to the gradient.
@@ -344,7 +345,7 @@ class AdamScalars(NamedTuple):
     shrink: float
 
 
-class Adam(Optimizer):
+class Adam(Rule):
     """Adam: running means `M` of the gradient and `V` of its square, corrected for starting at 0 (Kingma and Ba, 2014).
 
     lr: a float or a schedule, `step -> float`. betas: the two means' memories, each in [0, 1). eps: added to the root.

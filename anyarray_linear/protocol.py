@@ -1,4 +1,4 @@
-"""What a layer is, and the names of its parameters: all that optimizers, files and containers know about a model."""
+"""What layers and optimizers are, and the names of parameters: all that training, files and containers know of a model."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Layer(Protocol):
     - `config()`: what its constructor needs, as JSON can hold it; then `load_model(path, classes=[...])` can build it.
     """
 
-    def forward(self, X: Array) -> tuple[Array, Any]:
+    def forward(self, X: Array, /) -> tuple[Array, Any]:
         """`(Z, cache)`: the output, and what `gradients` will need."""
         ...
 
-    def gradients(self, dZ: Array, cache: Any, *, needs_dX: bool = True) -> tuple[Array | None, dict[str, Array]]:
+    def gradients(self, dZ: Array, cache: Any, /, *, needs_dX: bool = True) -> tuple[Array | None, dict[str, Array]]:
         """`(dX, {"W": dW, ...})`, storing nothing; `dX` is `None` where it was not asked for."""
         ...
 
-    def backward(self, dZ: Array, cache: Any, *, accumulate: bool = False, needs_dX: bool = True) -> Array | None:
+    def backward(self, dZ: Array, cache: Any, /, *, accumulate: bool = False, needs_dX: bool = True) -> Array | None:
         """`dX`; the parameters' gradients are stored on the layer, or added to what is stored there."""
         ...
 
@@ -46,8 +46,36 @@ class Layer(Protocol):
         """The layer on another device or in another dtype."""
         ...
 
-    def __call__(self, X: Array) -> Array:
+    def __call__(self, X: Array, /) -> Array:
         """`Z`, for inference: no cache."""
+        ...
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """What every optimizer offers; write a class with these methods and `fit` trains with it.
+
+    The methods for checkpoints and groups are only called where there is one. For float16 models, `step` also takes `scale`,
+    a 0-d float32 array, by which the gradients are too large.
+    """
+
+    steps: int
+    """How many steps were taken."""
+
+    def step(self, model: Any, grads: Mapping[str, Array] | None = None, /, *, where: Array | None = None) -> None:
+        """Update every parameter of `model` once, by its gradients; nothing where `where`, a 0-d bool array, is false."""
+        ...
+
+    def learning_rate(self, step: int | None = None, /) -> float:
+        """The learning rate of `step`, counted from 0; by default of the step that comes next."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """`{"rule", "steps", "hyperparameters", "moments"}`, the moments by parameter name and then by their own."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Go on from what `state_dict` gave."""
         ...
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from .arrays.device import Device
+from .arrays.dtypes import wide
 from .arrays.numbers import real, whole
 from .arrays.place import Array, Namespace, place_of
 from .protocol import stored_gradients
@@ -159,11 +160,6 @@ def _power_of_two(name: str, value: Any, low: float, high: float) -> float:
 def is_half(x: Array) -> bool:
     """Whether `x` is float16, and so needs a scale in training."""
     return place_of(x).dtype_name == "float16"
-
-
-def wide(xp: Namespace, x: Array) -> Array:
-    """`x`, in float32 if it is float16."""
-    return xp.astype(x, xp.float32) if is_half(x) else x
 
 
 def value_and_gradient(loss: Any, Z: Array, target: Array, weights: Array | None) -> tuple[Array, Array]:

@@ -11,9 +11,10 @@ from typing import Any
 
 from .arrays.checks import check_array
 from .arrays.operations import lanes_are_on
-from .arrays.place import Array, Namespace, Place, is_array, place_of
+from .arrays.place import NOWHERE, Array, Namespace, Place, is_array, place_of
 from .guard import Guard
-from .protocol import leaves, parameters, state_of
+from .losses import Loss
+from .protocol import Layer, Optimizer, leaves, parameters, state_of
 from .scaling import LossScale, is_half
 
 Gradients = dict[str, Array]
@@ -38,14 +39,14 @@ def training_step(xp: Namespace, step: TrainingStep, X: Array, y: Array, weights
     scale = step.loss_scale
     kept = [] if step.guard is None and scale is None else _array_states(step.model)
     value, gradients = step.gradients(step.model, step.loss, X, y, weights, scale)
-    verdict = where = by = None
+    verdict, where, how = None, None, {}
     step.whole = False
     if scale is not None:
         verdict = scale.judge(value, gradients.values())
-        where, by = verdict.apply, verdict.scale
+        where, how = verdict.apply, {"scale": verdict.scale}  # which an optimizer for float32 alone need not know
     if step.guard is not None:
         where = step.guard.judge(step.number + 1, value, gradients.values(), step.rows or X.shape[0], verdict)
-    step.optimizer.step(step.model, gradients, where=where, scale=by)
+    step.optimizer.step(step.model, gradients, where=where, **how)
     if where is not None:
         for layer, s, before in kept:  # what is called off changes no running mean either
             now = getattr(layer, s)
@@ -94,9 +95,9 @@ class TrainingStep:
 
     def __init__(
         self,
-        model: Any,
-        loss: Any,
-        optimizer: Any,
+        model: Layer,
+        loss: Loss,
+        optimizer: Optimizer,
         *,
         guard: Guard | None = None,
         gradients: Callable[..., tuple[Array, Gradients]] = loss_and_gradients,
@@ -104,7 +105,10 @@ class TrainingStep:
     ) -> None:
         if not parameters(model):
             raise TypeError(f"model is {model!r:.80}, which has no parameters to train")
-        self.model, self.loss, self.optimizer, self.guard, self.gradients = model, loss, optimizer, guard, gradients
+        self.model: Any = model  # lanes look for what theirs have besides
+        self.loss: Any = loss
+        self.optimizer: Any = optimizer
+        self.guard, self.gradients = guard, gradients
         half = is_half(next(iter(parameters(model).values())))
         self.loss_scale = (LossScale() if loss_scale is None else loss_scale) if half else None
         """What scales the gradients of a float16 model; `None` for others."""
@@ -132,9 +136,11 @@ class TrainingStep:
 
         Raises `TypeError` or `ValueError`, before anything is changed, for what does not fit.
         """
-        check_array("X", X)
+        place = place_of(X)
+        if place is NOWHERE:
+            check_array("X", X)
         self._how_without_lanes()
-        value = place_of(X).run(training_step, self, X, y, weights)
+        value = place.run(training_step, self, X, y, weights)
         self.number += 1
         return value
 

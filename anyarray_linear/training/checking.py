@@ -11,9 +11,9 @@ import numpy as np
 
 from ..arrays.checks import check_array
 from ..arrays.device import Device
+from ..arrays.dtypes import wide
 from ..arrays.place import Array, computing_on, dtype_name, namespace
 from ..protocol import parameters
-from ..scaling import wide
 from .batches import Batches
 from .data import Data, is_float, loss_dtype
 

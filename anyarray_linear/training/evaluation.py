@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from ..arrays.device import Device
+from ..arrays.dtypes import wide
 from ..arrays.numbers import whole
 from ..arrays.place import Array, computing_on, place_of
+from ..losses import Loss
 from ..metrics import class_scores, of_classes
-from ..scaling import wide
+from ..protocol import Layer
 from .batches import Batches
 from .checking import check_loss, check_model, check_rows
 from .data import Data, is_float, memory_advice, model_place, row_taker, takes_ids
@@ -57,7 +59,7 @@ def _read(device: Device, values: list[Array]) -> np.ndarray[Any, Any]:
         return device.to_numpy(xp.stack([xp.asarray(value) for value in values])).astype(np.float64)
 
 
-def evaluate(model: Any, X: Array, y: Array, *, loss: Any, batch_size: int = 1024) -> dict[str, float]:
+def evaluate(model: Layer, X: Array, y: Array, *, loss: Loss, batch_size: int = 1024) -> dict[str, float]:
     """`{"loss": mean, ...}` of `model` on `X` `(N, ...)` and `y`, with what else the loss has to tell.
 
     Cross-entropies tell `accuracy`, for class ids, rows and labels, and `baseline_accuracy`, that of always saying what is
@@ -81,7 +83,7 @@ def evaluate(model: Any, X: Array, y: Array, *, loss: Any, batch_size: int = 102
         return scores_of(model, data, loss, batch_size)
 
 
-def predict(model: Any, X: Array, *, batch_size: int = 1024) -> Array:
+def predict(model: Layer, X: Array, *, batch_size: int = 1024) -> Array:
     """The raw outputs `Z` `(N, ...)` of `model` for `X` `(N, ...)`, where `X` lives and in the model's dtype.
 
     Raises `TypeError` or `ValueError` for an `X` that does not fit.

@@ -25,6 +25,8 @@ from ..arrays.numbers import whole
 from ..arrays.place import Array, is_array
 from ..distributed.group import Group
 from ..initializers import layer_seed
+from ..losses import Loss
+from ..protocol import Layer, Optimizer
 from ..scaling import LossScale
 from .batches import Batches
 from .checking import check_batches, check_data, check_parts, check_rows
@@ -37,12 +39,12 @@ from .saving import Saver, stored_seed
 
 
 def fit(
-    model: Any,
+    model: Layer,
     X: Array | Iterable[Any],
     y: Array | None = None,
     *,
-    loss: Any,
-    optimizer: Any,
+    loss: Loss,
+    optimizer: Optimizer,
     epochs: int = 20,
     batch_size: int = 64,
     validation: tuple[Array, Array] | float | Iterable[Any] | None = None,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..arrays.dtypes import wide
 from ..arrays.place import Array, computing_on, device_of, place_of
 from ..protocol import join, trained
-from ..scaling import LossScale, value_and_gradient, wide
+from ..scaling import LossScale, value_and_gradient
 
 Gradients = dict[str, Array]
 _DIVISOR = "(what the mean divides by)"  # travels among the gradients, as it is summed over ranks with them

@@ -23,7 +23,7 @@ _put_adam, _put_sgd = (cast(Any, Struct(form)).pack_into for form in ("8d", "5d"
 
 
 def put_rule(numbers: Any, by: Any) -> None:
-    """Tell compiled code the scalars of a rule, of `Optimizer.scalars`."""
+    """Tell compiled code the scalars of a rule, of `Rule.scalars`."""
     if hasattr(by, "beta1"):
         _put_adam(numbers, 8 * at.RULE, *by)
     else:

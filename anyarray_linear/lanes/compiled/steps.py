@@ -13,6 +13,7 @@ from ...averages import shares, weights_of_rows
 from ...binding import flat_of
 from ...guard import Guard
 from ...linear import Linear
+from ...optimizers import Rule
 from ...step import TrainingStep, loss_and_gradients, training_step, training_step_on_rows
 from . import layout as at
 from .building import Declined
@@ -26,6 +27,7 @@ _LARGE = 20_000
 _KEPT = 4
 """Programs kept, for as many batch sizes and kinds of target."""
 
+_INT64 = np.dtype(np.int64)
 _put_arrays = cast(Any, Struct("6q")).pack_into
 
 
@@ -34,12 +36,12 @@ class Plan:
 
     def __init__(self, xp: Namespace, step: TrainingStep) -> None:
         model, optimizer = step.model, step.optimizer
+        self.rule, self.loss_kind = rule_of(optimizer), loss_kind(step.loss)
         self.bound = optimizer.bind(model)
         self.flat = flat_of(xp, self.bound)
         self.dtype = self.flat.W.dtype
         if self.dtype.name not in ("float32", "float64") or not self.dtype.isnative:
             raise Declined(f"{self.dtype.name} is not compiled")
-        self.rule, self.loss_kind = rule_of(optimizer), loss_kind(step.loss)
         self.positive = getattr(step.loss, "positive_weights", None)
         self.layers = layers_of(model)
         trained = {id(layer) for _, layer in self.bound.leaves}
@@ -100,14 +102,16 @@ class Plan:
         self, xp: Namespace, step: TrainingStep, X: Host, y: Host, weights: Host | None, order: Host | None, rows: int
     ) -> Array | None:
         """The loss of a step, which is done; `None` where the portable definition has to say what is wrong, or is needed."""
-        shape = (*X.shape[:-1], self.out)  # of Z; with an order, of all rows
         if rows == 0:
             return None
-        if weights is not None or (self.loss_kind == at.IDS and not step.loss.is_plain):
-            kind, target, counts, factor = self._weighted(xp, step.loss, shape, y, weights)
-        else:
+        flat = X.ndim == 2
+        shape = (len(X), self.out) if flat else (*X.shape[:-1], self.out)  # of Z; with an order, of all rows
+        counts = None
+        if weights is None and (self.loss_kind != at.IDS or step.loss.is_plain):
             kind, target = self._target(shape, y)
-            counts, factor = None, 1 / (rows if self.loss_kind == at.IDS else rows * self.out)
+            factor = 1 / (rows if self.loss_kind == at.IDS else rows * self.out)
+        else:
+            kind, target, counts, factor = self._weighted(xp, step.loss, shape, y, weights)
         if target is None:
             return None
         optimizer, guard = step.optimizer, step.guard
@@ -130,20 +134,22 @@ class Plan:
         put_rule(numbers, by)
         if looks:
             numbers[at.CLIP : at.CLOSED + 1] = clip or 0.0, guard is not None, guard is not None and guard.fatal != 0
-        if X.ndim != 2:
+        if not flat:
             X = X.reshape(-1, self.width)
-        apart, size = X.strides[0], X.itemsize
-        if X.strides[1] != size or apart % size or apart < X.shape[1] * size or self.stages[0].layer is None:
-            X = np.ascontiguousarray(X)  # a product takes rows that are apart, an activation does not
-        others = (0 if x is None else id(x) for x in (order, counts))
-        _put_arrays(program.control, 8 * at.X, id(X), X.strides[0] // size, id(target), *others, len(X))
+        apart = self.width
+        if not X.flags.c_contiguous:
+            apart, rest = divmod(X.strides[0], X.itemsize)
+            if X.strides[1] != X.itemsize or rest or apart < self.width or self.stages[0].layer is None:
+                X, apart = np.ascontiguousarray(X), self.width  # a product takes rows that are apart, an activation does not
+        order_id, counts_id = 0 if order is None else id(order), 0 if counts is None else id(counts)
+        _put_arrays(program.control, 8 * at.X, id(X), apart, id(target), order_id, counts_id, len(X))
         numbers[at.FACTOR] = factor
         step.whole = False
         helpers = self.runner.run(program)
         if program.control[at.FLAGS]:
             step.whole = True
             return None
-        value = float(numbers[at.VALUE])
+        value = numbers.item(at.VALUE)
         if guard is not None:
             guard.decide(step.number + 1, value, numbers[at.FINITE] == 1.0, step.rows or rows)
         if optimizer.bound is self.bound:  # updated in place: nothing was assigned
@@ -163,6 +169,8 @@ class Plan:
         if type(y) is not np.ndarray or not y.dtype.isnative:
             return 0, None
         if self.loss_kind == at.IDS:
+            if y.dtype is _INT64 and y.shape == shape[:-1] and y.flags.c_contiguous:
+                return at.IDS, y
             if y.dtype.kind in "iu" and y.shape == shape[:-1]:
                 return at.IDS, np.ascontiguousarray(y, np.int64)
             if y.shape == shape and (y.dtype == self.dtype or y.dtype.kind in "iu"):
@@ -205,7 +213,7 @@ def plan_for(xp: Namespace, step: TrainingStep) -> Plan | None:
         if "portable" in step.kept:  # it was said why
             step.how = step.kept["portable"]
             return None
-        if step.optimizer.steps < patience(step):
+        if isinstance(step.optimizer, Rule) and step.optimizer.steps < patience(step):  # another is never compiled
             step.how = "portable: compiled code is for steps that are many, and is loaded after the first ones"
             return None
     elif plan.still_holds(xp, step):
