@@ -156,7 +156,7 @@ class Run:
     def _take(self, lines: list[Any]) -> None:
         """What is about the card goes to the top, whatever part says it."""
         for line in lines:
-            self.found["card"] |= line.pop("card", {})
+            self.found["card"] |= line.pop("about_card", {})
         lines[:] = [line for line in lines if line]
 
 
@@ -169,7 +169,9 @@ def _card(run: Run) -> Iterator[tuple[list[str], dict[str, str]]]:
 
 
 def _suite(run: Run) -> Iterator[tuple[list[str], dict[str, str]]]:
-    options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.on_gpu.spread", "--backends", "cupy:0", "tests"]
+    # pytest-benchmark, where it is installed, warns of several workers, which ends the run
+    plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "benchmarks.on_gpu.spread"]
+    options = ["-q", *plugins, "--backends", "cupy:0", "tests"]
     if not run.is_stand_in:
         options.append("--require-cuda")
     if find_spec("xdist") and (workers := len(os.sched_getaffinity(0)) // 2) > 1:  # compiling kernels is what takes its time

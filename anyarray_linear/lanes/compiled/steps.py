@@ -29,8 +29,9 @@ _KEPT = 4
 
 SETTINGS = "eps", "rate", "approximate"
 """Numbers of a layer that are compiled in."""
-_WORDS = (1 << 64) - 1
 
+_WORDS = (1 << 64) - 1
+_INT64 = np.dtype(np.int64)
 _put_arrays, _put_key = (cast(Any, Struct(form)).pack_into for form in ("6q", "QQq"))
 
 
@@ -111,14 +112,16 @@ class Plan:
         self, xp: Namespace, step: TrainingStep, X: Host, y: Host, weights: Host | None, order: Host | None, rows: int
     ) -> Array | None:
         """The loss of a step, which is done; `None` where the portable definition has to say what is wrong, or is needed."""
-        shape = (*X.shape[:-1], self.out)  # of Z; with an order, of all rows
         if rows == 0:
             return None
-        if weights is not None or (self.loss_kind == at.IDS and not step.loss.is_plain):
-            kind, target, counts, factor = self._weighted(xp, step.loss, shape, y, weights)
-        else:
+        flat = X.ndim == 2
+        shape = (len(X), self.out) if flat else (*X.shape[:-1], self.out)  # of Z; with an order, of all rows
+        counts = None
+        if weights is None and (self.loss_kind != at.IDS or step.loss.is_plain):
             kind, target = self._target(shape, y)
-            counts, factor = None, 1 / (rows if self.loss_kind == at.IDS else rows * self.out)
+            factor = 1 / (rows if self.loss_kind == at.IDS else rows * self.out)
+        else:
+            kind, target, counts, factor = self._weighted(xp, step.loss, shape, y, weights)
         if target is None:
             return None
         optimizer, guard = step.optimizer, step.guard
@@ -141,13 +144,15 @@ class Plan:
         put_rule(numbers, by)
         if looks:
             numbers[at.CLIP : at.CLOSED + 1] = clip or 0.0, guard is not None, guard is not None and guard.fatal != 0
-        if X.ndim != 2:
+        if not flat:
             X = X.reshape(-1, self.width)
-        apart, size = X.strides[0], X.itemsize
-        if X.strides[1] != size or apart % size or apart < X.shape[1] * size or self.stages[0].layer is None:
-            X = np.ascontiguousarray(X)  # a product takes rows that are apart, an activation does not
-        others = (0 if x is None else id(x) for x in (order, counts))
-        _put_arrays(program.control, 8 * at.X, id(X), X.strides[0] // size, id(target), *others, len(X))
+        apart = self.width
+        if not X.flags.c_contiguous:
+            apart, rest = divmod(X.strides[0], X.itemsize)
+            if X.strides[1] != X.itemsize or rest or apart < self.width or self.stages[0].layer is None:
+                X, apart = np.ascontiguousarray(X), self.width  # a product takes rows that are apart, an activation does not
+        order_id, counts_id = 0 if order is None else id(order), 0 if counts is None else id(counts)
+        _put_arrays(program.control, 8 * at.X, id(X), apart, id(target), order_id, counts_id, len(X))
         numbers[at.FACTOR] = factor
         for place, layer in enumerate(program.dropouts):
             _put_key(program.keys, 24 * place, layer.seed & _WORDS, count_pass(layer) & _WORDS, layer.stream)
@@ -158,7 +163,7 @@ class Plan:
                 count_pass(layer, -1)
             step.whole = True
             return None
-        value = float(numbers[at.VALUE])
+        value = numbers.item(at.VALUE)
         if guard is not None:
             guard.decide(step.number + 1, value, numbers[at.FINITE] == 1.0, step.rows or rows)
         if optimizer.bound is self.bound:  # updated in place: nothing was assigned
@@ -178,6 +183,8 @@ class Plan:
         if type(y) is not np.ndarray or not y.dtype.isnative:
             return 0, None
         if self.loss_kind == at.IDS:
+            if y.dtype is _INT64 and y.shape == shape[:-1] and y.flags.c_contiguous:
+                return at.IDS, y
             if y.dtype.kind in "iu" and y.shape == shape[:-1]:
                 return at.IDS, np.ascontiguousarray(y, np.int64)
             if y.shape == shape and (y.dtype == self.dtype or y.dtype.kind in "iu"):
