@@ -9,6 +9,7 @@ import pickle
 import numpy as np
 import pytest
 from running_error import Rounded
+from tampered import resealed
 
 from anyarray_linear import (
     SGD,
@@ -28,15 +29,21 @@ from anyarray_linear import (
     evaluate,
     fit,
     lanes,
+    load_checkpoint,
+    load_model,
     restore,
+    save_checkpoint,
+    save_model,
     snapshot,
 )
 from anyarray_linear.arrays.place import dtype_name
 from anyarray_linear.datasets import load_digits
+from anyarray_linear.files import sealed
 from anyarray_linear.guard import Guard
 from anyarray_linear.protocol import parameters
 from anyarray_linear.training.parts import in_parts
 
+load_file = pytest.importorskip("safetensors.numpy").load_file
 half = pytest.mark.parametrize("backend", ["torch", "cupy:0", "cupy:1"], indirect=True)
 RULES = {
     "sgd": lambda: SGD(0.05, momentum=0.9, weight_decay=1e-3),
@@ -492,6 +499,74 @@ def test_resume_in_the_midst_of_a_scale_change_gives_the_same_bits(backend, tmp_
     assert first[2][0] != 2.0**24
     assert train(checkpoint=tmp_path, resume=True) == whole
     assert whole[2][0] < 2.0**23
+
+
+@half
+def test_a_checkpoint_from_before_masters_goes_on_from_its_weights_and_says_so(backend, tmp_path):
+    model, optimizer = network(backend), Adam(1e-2)
+    TrainingStep(model, SoftmaxCrossEntropy(), optimizer)(*batch(backend))
+    path = save_checkpoint(tmp_path, model, optimizer, state={})
+
+    def as_it_was(tensors):
+        for name in [name for name in tensors if name.endswith("/master")]:
+            del tensors[name]
+        tensors.update({name: x.astype(np.float16) for name, x in tensors.items()})
+
+    path.write_bytes(resealed(path.read_bytes(), change_tensors=as_it_was))
+    other, new = network(backend), Adam(1e-2)
+    with pytest.warns(RuntimeWarning, match="before float16 models had float32 master weights"):
+        load_checkpoint(tmp_path, other, new)
+    for name, W in parameters(model).items():
+        np.testing.assert_array_equal(half_of(backend, parameters(other)[name]), half_of(backend, W))
+    TrainingStep(other, SoftmaxCrossEntropy(), new)(*batch(backend, seed=1))
+    assert {dtype_name(x.dtype) for own in new.moments().values() for x in own.values()} == {"float32"}
+
+
+@half
+@pytest.mark.parametrize("rule", [lambda: SGD(0.1), lambda: Adam(1e-2)])
+def test_a_checkpoint_holds_masters_and_moments_in_float32_and_weights_in_float16(backend, tmp_path, rule):
+    model, optimizer = network(backend), rule()
+    TrainingStep(model, SoftmaxCrossEntropy(), optimizer)(*batch(backend))
+    path = save_checkpoint(tmp_path, model, optimizer, state={})
+    tensors = load_file(path)
+    kept = {name.rpartition("/")[2] for name in tensors if "/" in name}
+    assert kept == {"master", *optimizer.moment_names}
+    assert {name: x.dtype for name, x in tensors.items()} == {name: np.dtype("float32" if "/" in name else "float16") for name in tensors}
+    other, new = network(backend), rule()
+    load_checkpoint(tmp_path, other, new)
+    assert state(backend, other, new) == state(backend, model, optimizer)
+
+
+@half
+def test_a_checkpoint_is_not_too_large_for_its_model(backend, tmp_path, monkeypatch):
+    monkeypatch.setattr(sealed, "_SLACK", 0)  # as if the model were of many MB
+    model, optimizer = network(backend), Adam(1e-2)
+    optimizer.step(model, dict(parameters(model)))
+    save_checkpoint(tmp_path, model, optimizer, state={})
+    load_checkpoint(tmp_path, network(backend), Adam(1e-2))
+    load_model(next(tmp_path.glob("*.safetensors")), into=network(backend))
+
+
+@half
+@pytest.mark.parametrize("dtype", [None, "float16", "float32", "float64"])
+def test_a_file_of_weights_holds_the_dtype_that_was_chosen(backend, tmp_path, dtype):
+    model = network(backend)
+    save_model(model, tmp_path / "m", dtype=dtype)
+    tensors = load_file(tmp_path / "m")
+    assert {x.dtype.name for x in tensors.values()} == {dtype or "float16"}
+    np.testing.assert_array_equal(tensors["0.weight"].astype(np.float16), half_of(backend, model[0].W))
+    there = backend.device if backend.name.startswith("cupy") else None
+    if there is not None or dtype in ("float32", "float64"):  # NumPy's layers do not compute in float16
+        assert dtype_name(load_model(tmp_path / "m", device=there)[0].W.dtype) == (dtype or "float16")
+
+
+def test_a_file_in_a_dtype_that_loses_numbers_or_is_none_is_refused(tmp_path):
+    model = Linear.from_arrays(np.asarray([[1e6]]))
+    with pytest.raises(ValueError, match="weight has numbers that are beyond float16"):
+        save_model(model, tmp_path / "m", dtype="float16")
+    with pytest.raises(ValueError, match=r'dtype is .*bfloat16.*"float16", "float32" or "float64"'):
+        save_model(model, tmp_path / "m", dtype="bfloat16")
+    assert not list(tmp_path.iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
