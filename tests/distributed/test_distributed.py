@@ -585,14 +585,15 @@ def test_no_rank_waits_for_rank_0_to_write_the_results(tmp_path, fails):
 def test_after_a_stop_the_command_to_go_on_can_be_pasted(tmp_path, capsys):
     folder = tmp_path / "my runs"
     summary = {"device": "cpu", "seconds": 1.0, "train": {"loss": 1.0}, "interrupted": True, "epochs": 3, "model_epoch": 3}
-    for ranks, processes, line in (
-        ({}, None, f"anyarray-linear train --out '{folder}' --resume"),
-        ({"ranks": 4}, "mpi", f"mpiexec -n 4 anyarray-linear train --out '{folder}' --resume --distributed mpi"),
+    for ranks, processes, itself, line in (
+        ({}, None, False, f"anyarray-linear train --out '{folder}' --resume"),
+        ({"ranks": 4}, "mpi", False, f"mpiexec -n 4 anyarray-linear train --out '{folder}' --resume --distributed mpi"),
+        ({"ranks": 4}, "mpi", True, f"anyarray-linear train --out '{folder}' --resume --processes 4"),
     ):
-        show(folder, summary | ranks, processes)
+        show(folder, summary | ranks, processes, itself)
         said = capsys.readouterr().out.splitlines()[-1]
         assert said == line
-        *_, train, out, given, resume = shlex.split(said.removesuffix(" --distributed mpi"))
+        *_, train, out, given, resume = shlex.split(said.removesuffix(" --distributed mpi").removesuffix(" --processes 4"))
         assert (train, out, given, resume) == ("train", "--out", str(folder), "--resume")
 
 
