@@ -713,12 +713,27 @@ def test_each_process_has_a_card_of_its_own(monkeypatch, not_launched):
     assert "there are 2 CUDA devices, one for each; give --processes 2 or --device cpu" in refused("--processes", "3")
     assert "give --device cuda" in refused("--processes", "2", "--device", "cuda:1")
     started = []
-    monkeypatch.setattr(_ranks, "launch", lambda *given: started.append(given))
-    for nccl, transport in ((True, "nccl"), (False, "mpi")):
+
+    class Ranks:
+        def __init__(self, *given):
+            started.append(given)
+
+        def run(self):
+            return 3
+
+    def launch(*given):  # which does not return either
+        started.append(given)
+        raise SystemExit(4)
+
+    monkeypatch.setattr(_ranks, "launch", launch)
+    monkeypatch.setattr(_ranks, "StartedRanks", Ranks)
+    for nccl, transport, code in ((True, "nccl", 3), (False, "mpi", 4)):  # NCCL without MPI
         monkeypatch.setattr(_ranks.cards, "has_nccl", lambda nccl=nccl: nccl)
-        _ranks.start(2, None, "auto")
+        with pytest.raises(SystemExit, match=str(code)):
+            _ranks.start(2, None, "auto")
         assert started.pop()[2][-2:] == ["--distributed", transport]
-        _ranks.start(2, None, "cpu")
+        with pytest.raises(SystemExit, match="4"):
+            _ranks.start(2, None, "cpu")
         assert started.pop()[2][-2:] == ["--distributed", "mpi"]
 
 
