@@ -37,9 +37,9 @@ def results(run):
 
 
 def test_what_a_part_finds_is_written(run):
-    run.part(part("one", 30, "tell(a=1)\ntell(card={'name': 'A'}, b=2)\nprint('seen')"))
+    run.part(part("one", 30, "tell(a=1)\ntell(about_card={'name': 'A'}, b=2, card=[1.0, 2.0])\nprint('seen')"))
     found = results(run)
-    assert found["parts"]["one"]["lines"] == [{"a": 1}, {"b": 2}]
+    assert found["parts"]["one"]["lines"] == [{"a": 1}, {"b": 2, "card": [1.0, 2.0]}]
     assert found["parts"]["one"]["trouble"] == []
     assert found["card"] == {"name": "A"}
     assert "seen" in (run.folder / "log.txt").read_text()

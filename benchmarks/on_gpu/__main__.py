@@ -156,7 +156,7 @@ class Run:
     def _take(self, lines: list[Any]) -> None:
         """What is about the card goes to the top, whatever part says it."""
         for line in lines:
-            self.found["card"] |= line.pop("card", {})
+            self.found["card"] |= line.pop("about_card", {})
         lines[:] = [line for line in lines if line]
 
 
@@ -169,10 +169,15 @@ def _card(run: Run) -> Iterator[tuple[list[str], dict[str, str]]]:
 
 
 def _suite(run: Run) -> Iterator[tuple[list[str], dict[str, str]]]:
-    options = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.on_gpu.spread", "--backends", "cupy:0", "tests"]
+    # pytest-benchmark, where it is installed, warns of several workers, which ends the run
+    plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "benchmarks.on_gpu.spread"]
+    options = ["-q", *plugins, "--backends", "cupy:0", "tests"]
     if not run.is_stand_in:
         options.append("--require-cuda")
-    yield _python("pytest", *options), {}
+    if find_spec("xdist") and (workers := len(os.sched_getaffinity(0)) - 2) > 1:  # compiling kernels is what takes its time
+        options += ["-n", str(min(workers, 14))]
+    # the tests compute with JAX on the CPU; by itself it would take most of the card's memory
+    yield _python("pytest", *options), {"JAX_PLATFORMS": "cpu"}
 
 
 def _verify(run: Run) -> Iterator[tuple[list[str], dict[str, str]]]:
@@ -204,10 +209,10 @@ def _sanitizer(run: Run) -> Iterator[tuple[list[str], dict[str, str]]]:
 
 
 PARTS = (
-    Part("card", 60, _card),
-    Part("suite", 120, _suite),
-    Part("verify", 40, _verify),
-    Part("steps", 130, _steps),
+    Part("card", 40, _card),
+    Part("suite", 110, _suite),
+    Part("verify", 30, _verify),
+    Part("steps", 170, _steps),
     Part("kernels", 30, _kernels),
     Part("training", 30, _training),
     Part("sanitizer", 40, _sanitizer),

@@ -61,7 +61,7 @@ def main() -> None:
         about |= {**cards.facts(0), "cautions": cards.cautions(0), "memory": device.memory()}
         about["runtime"] = cards.cuda_version(cards.load_cupy().cuda.runtime.runtimeGetVersion())
         about["smi"] = _smi()
-    tell(card=about)
+    tell(about_card=about)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ last. When the time is up, the run ends; collecting the tests is not of that tim
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Generator
@@ -61,7 +62,9 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     before = set(_done.read_text().splitlines()) if _done.exists() else set()
     items[:] = [item for item in spread(items) if item.nodeid not in before]
     now = time.monotonic()
-    tell(collected=len(items), modules=len(set(map(_module, items))), before=len(before), collecting=round(now - _began, 1))
+    if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":  # the others collect the same
+        about = {"collected": len(items), "modules": len(set(map(_module, items))), "before": len(before)}
+        tell(**about, collecting=round(now - _began, 1))
     limit = min(now + SECONDS, _began + LEFT) - now
     _end = now + limit - min(8, limit / 4)  # the test that is running then, and the summary
 

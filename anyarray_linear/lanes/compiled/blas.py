@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import site
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable
 from importlib import import_module
@@ -43,22 +45,30 @@ class Blas(NamedTuple):
     set_threads: Callable[[int], None] | None
     """`None` where the library takes as many as it likes."""
 
+    @property
+    def shares_its_number(self) -> bool:
+        """Whether how many threads it takes is one number for the whole process, which can be set."""
+        return self.set_threads is not None and not self.local
+
 
 def _address(function: Any) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _mkl() -> Blas | None:
-    """MKL, if the package `mkl` is installed for this Python."""
+    """MKL, if the package `mkl` is installed for this Python: in its environment, for its user, or where that looks too."""
     folder, pattern = ("Library/bin", "mkl_rt*.dll") if sys.platform == "win32" else ("lib", "libmkl_rt.so*")
-    for path in sorted((Path(sys.prefix) / folder).glob(pattern)):
-        try:
-            library = ctypes.CDLL(os.fspath(path))
-            single, double = _address(library.cblas_sgemm_64), _address(library.cblas_dgemm_64)
-            local, most = library.MKL_Set_Num_Threads_Local, library.MKL_Get_Max_Threads
-        except (OSError, AttributeError):
-            continue
-        return Blas("MKL", single, double, True, _address(local), most, None)
+    prefixes = [sysconfig.get_path("data"), *site.PREFIXES, site.USER_BASE if site.ENABLE_USER_SITE else None]
+    for prefix in filter(None, prefixes):
+        for path in sorted((Path(prefix) / folder).glob(pattern), reverse=True):
+            try:
+                library = ctypes.CDLL(os.fspath(path))
+                single, double = _address(library.cblas_sgemm_64), _address(library.cblas_dgemm_64)
+                local, get, put = library.MKL_Set_Num_Threads_Local, library.MKL_Get_Max_Threads, library.MKL_Set_Num_Threads
+            except (OSError, AttributeError):
+                continue
+            put.restype = None
+            return Blas("MKL", single, double, True, _address(local), get, put)
     return None
 
 
@@ -100,7 +110,7 @@ class _Alone:
         return self.before if self.inside else library.threads()
 
     def enter(self, library: Blas) -> None:
-        if library.set_threads is None:
+        if library.set_threads is None or not library.shares_its_number:
             return
         with self.lock:
             if not self.inside:
@@ -109,7 +119,7 @@ class _Alone:
             self.inside += 1
 
     def leave(self, library: Blas) -> None:
-        if library.set_threads is None:
+        if library.set_threads is None or not library.shares_its_number:
             return
         with self.lock:
             self.inside -= 1

@@ -11,13 +11,13 @@ import numpy as np
 from ...arrays.place import Array, Namespace
 from ...averages import shares, weights_of_rows
 from ...binding import flat_of
+from ...dropout import count_pass
 from ...guard import Guard
-from ...linear import Linear
 from ...optimizers import Rule
 from ...step import TrainingStep, loss_and_gradients, training_step, training_step_on_rows
 from . import layout as at
 from .building import Declined
-from .program import Host, Program, Stage, containers_of, layers_of, loss_kind, rule_of, stages_of
+from .program import Host, Program, Stage, containers_of, layers_of, loss_kind, rule_of, stages_of, width_of
 from .running import Runner, put_rule
 
 PATIENCE = 100
@@ -27,7 +27,12 @@ _LARGE = 20_000
 _KEPT = 4
 """Programs kept, for as many batch sizes and kinds of target."""
 
-_put_arrays = cast(Any, Struct("6q")).pack_into
+SETTINGS = "eps", "rate", "approximate"
+"""Numbers of a layer that are compiled in."""
+
+_WORDS = (1 << 64) - 1
+_INT64 = np.dtype(np.int64)
+_put_arrays, _put_key = (cast(Any, Struct(form)).pack_into for form in ("6q", "QQq"))
 
 
 class Plan:
@@ -46,8 +51,7 @@ class Plan:
         trained = {id(layer) for _, layer in self.bound.leaves}
         if not any(layer.parameters() and id(layer) in trained for layer in self.layers):
             raise Declined("a model without trained parameters is not compiled")
-        first = next(layer for layer in self.layers if layer.parameters())
-        self.width = int(first.in_features) if hasattr(first, "in_features") else 0
+        self.width = width_of(self.layers)
         self.stages: list[Stage] = stages_of(model, self.width)
         self.frozen = {id(layer) for layer in self.layers} - trained
         if any(W.dtype != self.dtype for layer in self.layers for W in layer.parameters().values()):
@@ -65,7 +69,7 @@ class Plan:
         bound = step.optimizer.bind(step.model)
         if flat_of(xp, bound) is not self.flat or bound.leaves != self.bound.leaves:
             return False
-        if layers_of(step.model) != self.layers:
+        if layers_of(step.model) != self.layers or not self.is_set_as_before():
             return False
         if rule_of(step.optimizer) != self.rule or getattr(step.loss, "positive_weights", None) != self.positive:
             return False
@@ -78,7 +82,10 @@ class Plan:
     def watch(self, step: TrainingStep) -> None:
         """What is looked at before each step."""
         self.watched = [
-            (layer, layer.W, layer.b, getattr(layer, "trainable", True)) for layer in self.layers if type(layer) is Linear
+            (layer, layer.W, layer.b, getattr(layer, "trainable", True)) for layer in self.layers if layer.parameters()
+        ]
+        self.settings = [
+            (layer, name, getattr(layer, name)) for layer in self.layers for name in SETTINGS if hasattr(layer, name)
         ]
         self.containers = containers_of(step.model)
 
@@ -95,20 +102,26 @@ class Plan:
         for layer, W, b, trainable in self.watched:
             if layer.W is not W or layer.b is not b or getattr(layer, "trainable", True) is not trainable:
                 return False
-        return True
+        return self.is_set_as_before()
+
+    def is_set_as_before(self) -> bool:
+        """Whether all numbers of layers that are compiled in are what they were."""
+        return not self.settings or all(getattr(layer, name) == value for layer, name, value in self.settings)
 
     def take(
         self, xp: Namespace, step: TrainingStep, X: Host, y: Host, weights: Host | None, order: Host | None, rows: int
     ) -> Array | None:
         """The loss of a step, which is done; `None` where the portable definition has to say what is wrong, or is needed."""
-        shape = (*X.shape[:-1], self.out)  # of Z; with an order, of all rows
         if rows == 0:
             return None
-        if weights is not None or (self.loss_kind == at.IDS and not step.loss.is_plain):
-            kind, target, counts, factor = self._weighted(xp, step.loss, shape, y, weights)
-        else:
+        flat = X.ndim == 2
+        shape = (len(X), self.out) if flat else (*X.shape[:-1], self.out)  # of Z; with an order, of all rows
+        counts = None
+        if weights is None and (self.loss_kind != at.IDS or step.loss.is_plain):
             kind, target = self._target(shape, y)
-            counts, factor = None, 1 / (rows if self.loss_kind == at.IDS else rows * self.out)
+            factor = 1 / (rows if self.loss_kind == at.IDS else rows * self.out)
+        else:
+            kind, target, counts, factor = self._weighted(xp, step.loss, shape, y, weights)
         if target is None:
             return None
         optimizer, guard = step.optimizer, step.guard
@@ -131,20 +144,26 @@ class Plan:
         put_rule(numbers, by)
         if looks:
             numbers[at.CLIP : at.CLOSED + 1] = clip or 0.0, guard is not None, guard is not None and guard.fatal != 0
-        if X.ndim != 2:
+        if not flat:
             X = X.reshape(-1, self.width)
-        apart, size = X.strides[0], X.itemsize
-        if X.strides[1] != size or apart % size or apart < X.shape[1] * size or self.stages[0].layer is None:
-            X = np.ascontiguousarray(X)  # a product takes rows that are apart, an activation does not
-        others = (0 if x is None else id(x) for x in (order, counts))
-        _put_arrays(program.control, 8 * at.X, id(X), X.strides[0] // size, id(target), *others, len(X))
+        apart = self.width
+        if not X.flags.c_contiguous:
+            apart, rest = divmod(X.strides[0], X.itemsize)
+            if X.strides[1] != X.itemsize or rest or apart < self.width or self.stages[0].layer is None:
+                X, apart = np.ascontiguousarray(X), self.width  # a product takes rows that are apart, an activation does not
+        order_id, counts_id = 0 if order is None else id(order), 0 if counts is None else id(counts)
+        _put_arrays(program.control, 8 * at.X, id(X), apart, id(target), order_id, counts_id, len(X))
         numbers[at.FACTOR] = factor
+        for place, layer in enumerate(program.dropouts):
+            _put_key(program.keys, 24 * place, layer.seed & _WORDS, count_pass(layer) & _WORDS, layer.stream)
         step.whole = False
         helpers = self.runner.run(program)
         if program.control[at.FLAGS]:
+            for layer in program.dropouts:  # the definition will count these passes itself
+                count_pass(layer, -1)
             step.whole = True
             return None
-        value = float(numbers[at.VALUE])
+        value = numbers.item(at.VALUE)
         if guard is not None:
             guard.decide(step.number + 1, value, numbers[at.FINITE] == 1.0, step.rows or rows)
         if optimizer.bound is self.bound:  # updated in place: nothing was assigned
@@ -164,6 +183,8 @@ class Plan:
         if type(y) is not np.ndarray or not y.dtype.isnative:
             return 0, None
         if self.loss_kind == at.IDS:
+            if y.dtype is _INT64 and y.shape == shape[:-1] and y.flags.c_contiguous:
+                return at.IDS, y
             if y.dtype.kind in "iu" and y.shape == shape[:-1]:
                 return at.IDS, np.ascontiguousarray(y, np.int64)
             if y.shape == shape and (y.dtype == self.dtype or y.dtype.kind in "iu"):
