@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from .arrays.checks import check_alike, check_float, check_shape, describe
-from .arrays.place import Array, Namespace, Place, dtype_name, place_of
+from .arrays.dtypes import wide
+from .arrays.place import Array, Namespace, Place, place_of
 from .erf import normal_cdf
 
 
@@ -184,22 +185,25 @@ class GELU(_Activation):
         self.approximate = approximate
 
     def _function(self, xp: Namespace, X: Array) -> Array:
+        X_wide = wide(xp, X)  # polynomials leave the range of float16, and 1 + tanh U its precision
         if self.approximate == "tanh":
-            near = _within(xp, X, 16.0)  # from far before that on tanh U is 1, and no square overflows
-            return 0.5 * X * (1.0 + xp.tanh(self._a * near * (1.0 + self._c * (near * near))))
-        wide = _wide(xp, X)
-        return xp.astype(wide * normal_cdf(xp, wide), X.dtype, copy=False)
+            near = _within(xp, X_wide, 16.0)  # from far before that on tanh U is 1, and no square overflows
+            Z = 0.5 * X_wide * (1.0 + xp.tanh(self._a * near * (1.0 + self._c * (near * near))))
+        else:
+            Z = X_wide * normal_cdf(xp, X_wide)
+        return xp.astype(Z, X.dtype, copy=False)
 
     def _derivative(self, xp: Namespace, dZ: Array, X: Array) -> Array:
+        X_wide = wide(xp, X)
         if self.approximate == "tanh":
-            near = _within(xp, X, 16.0)
+            near = _within(xp, X_wide, 16.0)
             S = near * near
             T = xp.tanh(self._a * near * (1.0 + self._c * S))
             dU = self._a * (1.0 + 3.0 * self._c * S)
-            return dZ * 0.5 * (1.0 + T + near * (1.0 - T * T) * dU)
-        wide = _wide(xp, X)
-        near = _within(xp, wide, 40.0)  # phi is 0 from there on, and no square overflows
-        slope = normal_cdf(xp, wide) + near * (xp.exp(-0.5 * near * near) * (1 / math.sqrt(2 * math.pi)))
+            slope = 0.5 * (1.0 + T + near * (1.0 - T * T) * dU)
+            return xp.astype(dZ * slope, X.dtype, copy=False)
+        near = _within(xp, X_wide, 40.0)  # phi is 0 from there on, and no square overflows
+        slope = normal_cdf(xp, X_wide) + near * (xp.exp(-0.5 * near * near) * (1 / math.sqrt(2 * math.pi)))
         return xp.astype(dZ * slope, X.dtype, copy=False)
 
     def __repr__(self) -> str:
@@ -209,8 +213,3 @@ class GELU(_Activation):
 def _within(xp: Namespace, X: Array, most: float) -> Array:
     """`X`, cut off at `-most` and `most`; a NaN stays one."""
     return xp.maximum(xp.minimum(X, most), -most)
-
-
-def _wide(xp: Namespace, X: Array) -> Array:
-    """`X`, in float32 if it is float16: `erf` takes polynomials that leave the range of float16."""
-    return xp.astype(X, xp.float32) if dtype_name(X.dtype) == "float16" else X

@@ -33,16 +33,24 @@ def only_mean(reduction: str) -> None:
 
 
 def as_row(name: str, values: tuple[float, ...], Z: Array) -> Array:
-    """`values` where `Z` is and in its dtype, one for each of its columns."""
+    """`values` where `Z` is and in its dtype (float32 for float16), one for each of its columns."""
     if len(values) != Z.shape[-1]:
         raise ValueError(f"{name} has {len(values)} numbers, but Z has {Z.shape[-1]} columns (shape {tuple(Z.shape)})")
     place = place_of(Z)
     with place.entered() as xp:
-        return xp.asarray(values, dtype=Z.dtype, device=place.device)
+        return xp.asarray(values, dtype=_wide_dtype(xp, Z), device=place.device)
+
+
+def _wide_dtype(xp: Namespace, Z: Array) -> Any:
+    """What weights are in: the dtype of `Z`, or float32 for float16."""
+    return xp.float32 if dtype_name(Z.dtype) == "float16" else Z.dtype
 
 
 def weights_of_rows(Z: Array, weights: Array | None, most: int) -> Array | None:
-    """The weights of samples, with axes of size 1 for those of `Z` that they have not; `most` axes at most."""
+    """The weights of samples, with axes of size 1 for those of `Z` that they have not; `most` axes at most.
+
+    In the dtype of `Z`, or float32 for float16.
+    """
     if weights is None:
         return None
     check_array("weights", weights)
@@ -54,7 +62,7 @@ def weights_of_rows(Z: Array, weights: Array | None, most: int) -> Array | None:
         wanted = dtype_name(Z.dtype)
         raise TypeError(f"weights is {place.dtype_name} but Z is {wanted}; cast it with xp.astype(weights, Z.dtype)")
     with place.entered() as xp:
-        return xp.reshape(xp.astype(weights, Z.dtype, copy=False), (*shape, *[1] * (Z.ndim - len(shape))))
+        return xp.reshape(xp.astype(weights, _wide_dtype(xp, Z), copy=False), (*shape, *[1] * (Z.ndim - len(shape))))
 
 
 def is_whole(place: Place) -> bool:
@@ -72,15 +80,18 @@ def weight_of_elements(Z: Array, weights: Array | None) -> Any:
 
 
 def scaled_sum(xp: Namespace, terms: Array, factor: float) -> Array:
-    """The sum of `terms` times `factor`, a 0-d array. The mean of 65,536 float16 numbers is one, their sum is not."""
-    if dtype_name(terms.dtype) == "float16":
-        return xp.astype(xp.sum(terms, dtype=xp.float32) * factor, terms.dtype)
+    """The sum of `terms` times `factor`, a 0-d array."""
     return xp.asarray(xp.sum(terms) * factor)
 
 
 def total(xp: Namespace, terms: Array) -> Array:
-    """The sum of `terms`, a 0-d array; of float16 in float32."""
-    return xp.asarray(xp.sum(terms, dtype=xp.float32 if dtype_name(terms.dtype) == "float16" else terms.dtype))
+    """The sum of `terms`, a 0-d array of their dtype."""
+    return xp.asarray(xp.sum(terms, dtype=terms.dtype))
+
+
+def as_dtype_of(xp: Namespace, x: Array, like: Array) -> Array:
+    """`x` in the dtype of `like`: what was formed in float32 for a float16 array, rounded once."""
+    return x if x.dtype == like.dtype else xp.astype(x, like.dtype)
 
 
 def as_loss(xp: Namespace, total: Array, Z: Array) -> Array:
@@ -94,6 +105,9 @@ def reciprocal(count: int) -> float:
 
 
 def shares(xp: Namespace, Z: Array, weights: Array) -> Array:
-    """What part of the mean each element of `Z` is, with an axis of size 1 for those along which that is the same."""
+    """What part of the mean each element of `Z` is, with an axis of size 1 for those along which that is the same.
+
+    weights: of `weights_of_rows`; the shares have their dtype.
+    """
     per_weight = math.prod(Z.shape) // max(1, math.prod(weights.shape))
-    return xp.astype(weights / (total(xp, weights) * per_weight), Z.dtype, copy=False)
+    return weights / (total(xp, weights) * per_weight)

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import metrics
+from .arrays.dtypes import wide
 from .arrays.place import Array, Namespace, place_of
 from .averages import (
+    as_dtype_of,
     as_loss,
     as_row,
     numbers_per_column,
@@ -100,6 +102,7 @@ def binary_cross_entropy(
 
     With `E = exp(-|Z|)`: `-log sigmoid(Z) = max(-Z, 0) + log(1 + E)`, and `-log(1 - sigmoid(Z))` is that of `-Z`.
     """
+    like, Z, target = Z, wide(xp, Z), wide(xp, target)
     E = xp.exp(-xp.abs(Z))
     L = xp.log1p(E)
     pT = target if positive_weights is None else positive_weights * target
@@ -108,6 +111,6 @@ def binary_cross_entropy(
     dZ = sigmoid * (1.0 - target + pT) - pT
     if weights is None:
         factor = reciprocal(math.prod(Z.shape))
-        return scaled_sum(xp, each, factor), dZ * factor
+        return as_loss(xp, scaled_sum(xp, each, factor), like), as_dtype_of(xp, dZ * factor, like)
     V = shares(xp, Z, weights)
-    return as_loss(xp, total(xp, V * each), Z), V * dZ
+    return as_loss(xp, total(xp, V * each), like), as_dtype_of(xp, V * dZ, like)

@@ -14,9 +14,11 @@ from array_api_compat import is_torch_array
 
 from . import metrics
 from .arrays.checks import check_alike, check_array, check_float, check_place, check_shape
+from .arrays.dtypes import wide
 from .arrays.numbers import real
 from .arrays.place import Array, Namespace, device_of, dtype_name, place_of
 from .averages import (
+    as_dtype_of,
     as_loss,
     as_row,
     is_whole,
@@ -73,8 +75,8 @@ def softmax(Z: Array) -> Array:
 
 def softmax_of(xp: Namespace, Z: Array) -> Array:
     """`softmax(Z)`."""
-    _, E, S = _exponentials(xp, Z)
-    return E / S
+    _, E, S = _exponentials(xp, wide(xp, Z))
+    return as_dtype_of(xp, E / S, Z)
 
 
 class SoftmaxCrossEntropy:
@@ -248,18 +250,21 @@ def range_of(xp: Namespace, target: Array) -> tuple[int, int]:
 
 def cross_entropy(xp: Namespace, Z: Array, target: Array) -> tuple[Array, Array]:
     """The loss, and `P = softmax(Z)`."""
-    T = _rows_of(xp, target, Z)
-    shifted, E, S = _exponentials(xp, Z)
+    Z_wide = wide(xp, Z)
+    T = _rows_of(xp, target, Z_wide)
+    shifted, E, S = _exponentials(xp, Z_wide)
     # a class of probability 0 adds 0 to the loss, also when its logit is -inf
     terms = T * (xp.log(S) - xp.where(T == 0, 0.0, shifted))
-    return scaled_sum(xp, terms, reciprocal(math.prod(Z.shape[:-1]))), E / S
+    return as_loss(xp, scaled_sum(xp, terms, reciprocal(math.prod(Z.shape[:-1]))), Z), as_dtype_of(xp, E / S, Z)
 
 
 def cross_entropy_gradient(xp: Namespace, P: Array, target: Array) -> Array:
     """`dZ = (P - T) / N`, with `T` the target as rows."""
-    T = _rows_of(xp, target, P)
+    P_wide = wide(xp, P)
+    T = _rows_of(xp, target, P_wide)
     # a row of T sums to 1 if it is a distribution; PyTorch defines the rest this way too
-    return (P * xp.sum(T, axis=-1, keepdims=True) - T) * reciprocal(math.prod(P.shape[:-1]))
+    dZ = (P_wide * xp.sum(T, axis=-1, keepdims=True) - T) * reciprocal(math.prod(P.shape[:-1]))
+    return as_dtype_of(xp, dZ, P)
 
 
 def weighted_cross_entropy(
@@ -273,9 +278,9 @@ def weighted_cross_entropy(
 ) -> tuple[Array, Array, Array, Array]:
     """`sum_ic V_ic (log sum_j exp Z_ij - Z_ic) / S`; also `P = softmax(Z)`, and `V` and `S` of the targets."""
     V, S = targets_of_cross_entropy(xp, Z, target, weights, class_weights, smoothing, ignore_id)
-    shifted, E, sums = _exponentials(xp, Z)
+    shifted, E, sums = _exponentials(xp, wide(xp, Z))
     terms = V * (xp.log(sums) - xp.where(V == 0, 0.0, shifted))
-    return as_loss(xp, total(xp, terms) / S, Z), E / sums, V, S
+    return as_loss(xp, total(xp, terms) / S, Z), as_dtype_of(xp, E / sums, Z), V, S
 
 
 def targets_of_cross_entropy(
@@ -290,8 +295,10 @@ def targets_of_cross_entropy(
     """How much each column of each row counts, `V`, and what the mean divides by, `S`.
 
     With `T` the target as rows, smoothed, `w` the weights of classes and `s` those of samples: `V_ic = s_i w_c T_ic`. For
-    class ids `S` is the sum of `s_i w_id(i)`, for rows of probabilities that of `s_i`: PyTorch's definitions.
+    class ids `S` is the sum of `s_i w_id(i)`, for rows of probabilities that of `s_i`: PyTorch's definitions. Both are in
+    float32 for float16.
     """
+    Z = wide(xp, Z)
     ids = target.ndim < Z.ndim
     if ignore_id is not None:
         counts = xp.expand_dims(target != ignore_id, axis=-1)
@@ -314,7 +321,7 @@ def targets_of_cross_entropy(
 
 def weighted_cross_entropy_gradient(xp: Namespace, P: Array, V: Array, S: Array) -> Array:
     """`dZ_ic = (P_ic sum_k V_ik - V_ic) / S`."""
-    return xp.astype((P * xp.sum(V, axis=-1, keepdims=True) - V) / S, P.dtype, copy=False)
+    return as_dtype_of(xp, (wide(xp, P) * xp.sum(V, axis=-1, keepdims=True) - V) / S, P)
 
 
 def _exponentials(xp: Namespace, Z: Array) -> tuple[Array, Array, Array]:
@@ -418,21 +425,22 @@ def elements_of(Z: Array, target: Array) -> Array:
 def squared_error(xp: Namespace, Z: Array, target: Array) -> tuple[Array, Array]:
     """`mean D^2`, and `D = Z - target`."""
     D = Z - xp.reshape(target, Z.shape)
-    return scaled_sum(xp, D * D, reciprocal(math.prod(Z.shape))), D
+    D_wide = wide(xp, D)
+    return as_loss(xp, scaled_sum(xp, D_wide * D_wide, reciprocal(math.prod(Z.shape))), Z), D
 
 
 def squared_error_gradient(xp: Namespace, D: Array) -> Array:
     """`dZ = 2 D / size`."""
-    return D * (2 * reciprocal(math.prod(D.shape)))
+    return as_dtype_of(xp, wide(xp, D) * (2 * reciprocal(math.prod(D.shape))), D)
 
 
 def weighted_squared_error(xp: Namespace, Z: Array, target: Array, weights: Array) -> tuple[Array, Array, Array]:
     """`sum_ij V_i D_ij^2`, `D = Z - target` and `V`, the weights of the rows, which sum to 1 over all elements."""
     D = Z - target
-    V = shares(xp, Z, weights)
-    return as_loss(xp, total(xp, V * (D * D)), Z), D, V
+    D_wide, V = wide(xp, D), shares(xp, Z, weights)
+    return as_loss(xp, total(xp, V * (D_wide * D_wide)), Z), D, V
 
 
 def weighted_squared_error_gradient(xp: Namespace, D: Array, V: Array) -> Array:
     """`dZ = 2 V D`."""
-    return 2.0 * V * D
+    return as_dtype_of(xp, 2.0 * V * wide(xp, D), D)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .arrays.place import Array, Namespace, device_of, dtype_name
+from .arrays.dtypes import wide
+from .arrays.place import Array, Namespace, device_of
 
 Parts = Mapping[str, Any]
 """For each name what each batch gave, on the host, the first axis being the batches."""
@@ -60,8 +61,7 @@ def label_scores(parts: Parts, rows: Any) -> dict[str, float]:
 
 def of_numbers(xp: Namespace, Z: Array, target: Array) -> dict[str, Array]:
     """For each output: the sums of squared and of absolute errors, the target's mean, and its squared deviations from it."""
-    if dtype_name(Z.dtype) == "float16":
-        Z, target = xp.astype(Z, xp.float32), xp.astype(target, xp.float32)
+    Z, target = wide(xp, Z), wide(xp, target)
     D = Z - target
     mean = xp.mean(target, axis=0, keepdims=True)
     away = target - mean

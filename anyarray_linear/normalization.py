@@ -37,10 +37,11 @@ from typing import Any, Self
 
 from .arrays.checks import check_alike, check_float, check_shape, describe
 from .arrays.device import Device
+from .arrays.dtypes import wide
 from .arrays.memory import explained_memory
 from .arrays.numbers import real, whole
 from .arrays.pickling import pin, unpin
-from .arrays.place import Array, Namespace, computing_on, device_of, dtype_name, place_of
+from .arrays.place import Array, Namespace, computing_on, device_of, place_of
 from .arrays.selection import select_device
 from .protocol import store_gradients
 
@@ -169,11 +170,11 @@ class LayerNorm:
 
 def normalized(xp: Namespace, X: Array, W: Array, b: Array, eps: float) -> tuple[Array, Array, Array]:
     """`Z = H * W + b`, `H = R (X - mean)` and `R = 1 / sqrt(variance + eps)`; the latter two in float32 for float16."""
-    X_wide = _wide(xp, X)
+    X_wide = wide(xp, X)
     D = X_wide - xp.mean(X_wide, axis=-1, keepdims=True)
     R = 1.0 / xp.sqrt(xp.mean(D * D, axis=-1, keepdims=True) + eps)
     H = D * R
-    return xp.astype(H * _wide(xp, W) + _wide(xp, b), X.dtype, copy=False), H, R
+    return xp.astype(H * wide(xp, W) + wide(xp, b), X.dtype, copy=False), H, R
 
 
 def normalized_gradients(
@@ -181,7 +182,7 @@ def normalized_gradients(
 ) -> tuple[Array | None, Array, Array]:
     """`dX = R (dH - mean dH - H mean(dH * H))` with `dH = dZ * W`, `dW = 1^T (dZ * H)` and `db = 1^T dZ`."""
     dX = normalized_input_gradient(xp, dZ, H, R, W) if needs_dX else None
-    dZ_wide = _wide(xp, dZ)
+    dZ_wide = wide(xp, dZ)
     rows = math.prod(dZ.shape[:-1]), dZ.shape[-1]
     ones = xp.ones((1, rows[0]), dtype=dZ_wide.dtype, device=device_of(dZ))  # a product, as in linear.py
     dW, db = (
@@ -192,11 +193,6 @@ def normalized_gradients(
 
 def normalized_input_gradient(xp: Namespace, dZ: Array, H: Array, R: Array, W: Array) -> Array:
     """`dX = R (dH - mean dH - H mean(dH * H))` with `dH = dZ * W`."""
-    dH = _wide(xp, dZ) * _wide(xp, W)
+    dH = wide(xp, dZ) * wide(xp, W)
     along_H = xp.mean(dH * H, axis=-1, keepdims=True)
     return xp.astype(R * (dH - xp.mean(dH, axis=-1, keepdims=True) - H * along_H), dZ.dtype, copy=False)
-
-
-def _wide(xp: Namespace, x: Array) -> Array:
-    """`x`, in float32 if it is float16."""
-    return xp.astype(x, xp.float32) if dtype_name(x.dtype) == "float16" else x

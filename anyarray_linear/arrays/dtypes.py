@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .place import Array, dtype_name
+from .place import Array, Namespace, dtype_name
 
 if TYPE_CHECKING:
     from .device import Device
@@ -17,6 +17,14 @@ def name_of(dtype: Any) -> str:
     if isinstance(dtype, (type, np.dtype)):  # np.float32 and jnp.float32 are classes
         return np.dtype(dtype).name
     return dtype if isinstance(dtype, str) else dtype_name(dtype)
+
+
+def wide(xp: Namespace, x: Array) -> Array:
+    """`x`, in float32 if it is float16: sums, squares and exponentials are formed there, and their results rounded once.
+
+    float16 ends at 65,504, has 1 in 2,048 as its smallest step, and loses bits below 6e-5, where a mean over many rows is.
+    """
+    return xp.astype(x, xp.float32) if dtype_name(x.dtype) == "float16" else x
 
 
 def lacks(device: Device, name: str) -> bool:
