@@ -83,10 +83,7 @@ def _case_table(title: str, base: str, cases: dict[str, Any]) -> Table:
             f"{name}\n{_shape(case)}",
             f"{_time(results[base]['median'])}\n{_spread(results[base])}\n{_least(results[base])}",
             f"{case['limit']['reached'][base]:.0%}\n{_time(case['limit']['seconds'])}",
-            *(
-                f"[bold]{ratio[who]:.2f}[/]\n{_spread(results[who])}\n{_least(results[who], results[base])}" if who in ratio else ""
-                for who in others
-            ),
+            *(_against(results[who], results[base], ratio[who]) if who in ratio else "" for who in others),
         )
     return table
 
@@ -105,10 +102,13 @@ def _spread(times: dict[str, Any]) -> str:
     return f"{_time(times['q1'])}..{_time(times['q3'])}"
 
 
-def _least(times: dict[str, Any], base: dict[str, Any] | None = None) -> str:
-    """The least time, and how much of it is that of `base`: what other work on the machine disturbs least."""
-    ratio = "" if base is None else f": {times['least'] / base['least']:.2f}"
-    return f"least {_time(times['least'])}{ratio}"
+def _least(times: dict[str, Any]) -> str:
+    """The least time: what other work on the machine disturbs least."""
+    return f"least {_time(times['least'])}"
+
+
+def _against(times: dict[str, Any], base: dict[str, Any], ratio: float) -> str:
+    return f"[bold]{ratio:.2f}[/]\n{_spread(times)}\n{_least(times)}: {times['least'] / base['least']:.2f}"
 
 
 def _digits_table(digits: dict[str, Any]) -> Table:
