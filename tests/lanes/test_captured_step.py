@@ -433,7 +433,7 @@ def fails_at(stage, monkeypatch):
     if stage == "workspace":
         monkeypatch.setattr(recording, "workspace", broken)
     elif stage == "memory":
-        monkeypatch.setattr(recording, "workspace", lambda _: cupy.empty(1 << 50, np.uint8))
+        monkeypatch.setattr(recording, "workspace", lambda: cupy.empty(1 << 50, np.uint8))
         return "OutOfMemoryError"
     elif stage == "warm-up":
         monkeypatch.setattr(recording.Recording, "ask", broken)

@@ -170,7 +170,7 @@ def test_captured_products_have_the_bits_of_eager_ones(backend, dtype):
     products, cupy = pytest.importorskip("anyarray_linear.lanes.cupy.products"), pytest.importorskip("cupy")
     A, B = backend.asarray(random(33, 65, dtype=dtype)), backend.asarray(random(65, 7, dtype=dtype))
     with backend.computing():
-        eager, memory = products.gemm(A, B), products.workspace(0)
+        eager, memory = products.gemm(A, B), products.workspace()
         C = products.gemm(A, B)
         stream = cupy.cuda.Stream(non_blocking=True)
         with stream:
