@@ -16,6 +16,7 @@ from .losses import Loss, MeanSquaredError, SoftmaxCrossEntropy, softmax
 from .normalization import LayerNorm
 from .optimizers import SGD, Adam, AdamW
 from .protocol import Layer, Optimizer, restore, snapshot
+from .scaling import LossScale
 from .sequential import Sequential
 from .step import TrainingStep
 from .training import EarlyStopping, History, NonFiniteError, evaluate, fit, predict
@@ -39,6 +40,7 @@ __all__ = [
     "Linear",
     "LinearGradients",
     "Loss",
+    "LossScale",
     "MeanSquaredError",
     "NonFiniteError",
     "Optimizer",

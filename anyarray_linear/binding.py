@@ -3,6 +3,9 @@
 A lane that updates in place needs arrays of its own to write to, since a user's arrays are never written: `Flat` keeps all
 parameters of a model in one buffer, `layer.W` a view of it, and so with each moment. An assigned `layer.W` is noticed by
 identity and copied in.
+
+Of float16 parameters, the binding keeps float32 *masters* beside the moments, and as one of them: so whatever keeps, moves,
+copies, sends or compares moments does so with masters too.
 """
 
 from __future__ import annotations
@@ -13,10 +16,13 @@ from typing import Any
 
 from .arrays.checks import check_alike, check_shape, describe
 from .arrays.device import Device
-from .arrays.place import Array, Namespace, Place, place_of
+from .arrays.place import Array, Namespace, Place, computing_on, place_of
 from .protocol import join, parameters, trained
+from .scaling import is_half
 
 Moments = dict[str, Array]
+MASTER = "master"
+"""What the float32 weights behind a float16 parameter are called among its moments."""
 Slots = Mapping[str, tuple[Any, str]]
 """Where each parameter lives: by its full name, its layer and attribute."""
 
@@ -25,7 +31,8 @@ class Binding:
     """An optimizer's hold on a model, as the model was when the optimizer last looked.
 
     slots: the layer and attribute of each parameter, by its name. parameters: the arrays as the last step left them.
-    place: that of all of them. moments: by parameter and name. flat: the buffers of a lane that updates in place, if any.
+    place: that of all of them. moments: by parameter and name; `kept` are their names. flat: the buffers of a lane that
+    updates in place, if any. is_half: whether the parameters are float16, and so have masters among their moments.
     """
 
     def __init__(self, model: Any, moment_names: Sequence[str]) -> None:
@@ -40,6 +47,9 @@ class Binding:
         for name, W in zip(others, self.parameters[1:], strict=True):
             if place_of(W) is not self.place:
                 check_alike(first, self.parameters[0], name, W)
+        self.is_half = is_half(self.parameters[0])
+        self.kept = (*self.moment_names, MASTER) if self.is_half else self.moment_names
+        self.wide = self.place  # of moments, and of gradients that were summed in float32
         self.names = set(parameters(model))  # of frozen layers too
         self.moments: dict[str, Moments] = {}
         self.flat: Flat | None = None
@@ -59,7 +69,9 @@ class Binding:
         for name, moments in loaded.items():
             W = every[name]
             there = Device.of(W)
-            new.moments[name] = {m: there.asarray(moment, dtype=W.dtype) for m, moment in moments.items()}
+            with computing_on(W) as xp:
+                dtype = xp.float32 if new.is_half else W.dtype
+            new.moments[name] = {m: there.asarray(x, dtype=dtype) for m, x in moments.items() if m in new.kept}
             for m, moment in new.moments[name].items():
                 check_shape(f"the loaded {m} of {name}", moment, tuple(W.shape), "the shape of its parameter")
         new._complete_moments()
@@ -90,7 +102,12 @@ class Binding:
         for name, W in zip(self.slots, self.parameters, strict=True):
             own = self.moments.setdefault(name, {})
             with self.place.entered() as xp:
-                own.update({m: xp.zeros_like(W) for m in self.moment_names if m not in own})
+                like = xp.astype(W, xp.float32) if self.is_half else W
+                own.update({m: xp.zeros_like(like) for m in self.moment_names if m not in own})
+                if self.is_half:
+                    own.setdefault(MASTER, like)
+        if self.is_half:
+            self.wide = place_of(like)
 
     def now(self) -> list[Array]:
         """The parameters, as the layers have them."""
@@ -120,7 +137,8 @@ class Binding:
         if type(gradients) is dict and len(gradients) == len(self.slots):
             for name, W in zip(self.slots, self.parameters, strict=True):
                 dW: Any = gradients.get(name)
-                if place_of(dW) is not self.place or dW.shape != W.shape:
+                place = place_of(dW)
+                if (place is not self.place and place is not self.wide) or dW.shape != W.shape:
                     break
             else:
                 return
@@ -140,21 +158,28 @@ class Binding:
             raise ValueError(f"grads has {', '.join(unknown)}, but the parameters are {', '.join(self.slots)}")
         for name, W in zip(self.slots, self.parameters, strict=True):
             dW = gradients[name]
-            check_alike(f"the parameter {name}", W, f"the gradient of {name}", dW)
+            if place_of(dW) is not self.wide:
+                check_alike(f"the parameter {name}", W, f"the gradient of {name}", dW)
             check_shape(f"the gradient of {name}", dW, tuple(W.shape), "the shape of its parameter")
+
+
+def up_to_date(xp: Namespace, master: Array, W: Array) -> Array:
+    """The master of `W`: where the two do not agree, `W` was assigned, or written to, since the last step."""
+    return xp.where(xp.astype(master, W.dtype) == W, master, xp.astype(W, master.dtype))
 
 
 class Flat:
     """All parameters of a model in one buffer of the optimizer's own, `layer.W` a view of it, and so with each moment.
 
-    W: the buffer of the parameters. moments: those of the moments, in the order of their names. slices, views: where each
-    parameter is in the buffers, and the view of `W` that stands for it.
+    W: the buffer of the parameters. moments: those of the moments, in the order of their names. master: that of the masters
+    of float16 parameters, or `None`. slices, views: where each parameter is in the buffers, and the view of `W` that stands
+    for it.
     align: every parameter starts at a multiple of so many elements; what is between them is zero.
     """
 
     def __init__(self, xp: Namespace, bound: Binding, align: int = 1) -> None:
         values = {name: getattr(layer, p) for name, (layer, p) in bound.slots.items()}
-        self.moment_names = bound.moment_names
+        self.kept = bound.kept
         self.slices: dict[str, slice] = {}
         size = 0
         for name, W in values.items():
@@ -162,10 +187,11 @@ class Flat:
             size += -(-W.size // align) * align
         self.W, self.views = self._joined(xp, values, size)
         self.moments, self._moment_views = [], []
-        for m in self.moment_names:
+        for m in self.kept:
             flat, views = self._joined(xp, {name: bound.moments[name][m] for name in values}, size)
             self.moments.append(flat)
             self._moment_views.append(views)
+        self.master = self.moments.pop() if bound.is_half else None
 
     def _joined(self, xp: Namespace, arrays: Mapping[str, Array], size: int) -> tuple[Array, dict[str, Array]]:
         """One array with a copy of all, and the view of it that stands for each."""
@@ -177,9 +203,9 @@ class Flat:
 
     def has_moments_of(self, bound: Binding) -> bool:
         """Whether all moments are the views of the buffers still."""
-        if bound.moment_names != self.moment_names:
+        if bound.kept != self.kept:
             return False
-        for m, views in zip(self.moment_names, self._moment_views, strict=True):
+        for m, views in zip(self.kept, self._moment_views, strict=True):
             for name, view in views.items():
                 if bound.moments[name][m] is not view:
                     return False
@@ -211,7 +237,7 @@ class Flat:
         """Make each `layer.W`, and each moment, a view of the buffers."""
         for name, (layer, p) in bound.slots.items():
             setattr(layer, p, self.views[name])
-            own = {m: views[name] for m, views in zip(self.moment_names, self._moment_views, strict=True)}
+            own = {m: views[name] for m, views in zip(self.kept, self._moment_views, strict=True)}
             bound.moments[name] = {**bound.moments[name], **own}
 
 

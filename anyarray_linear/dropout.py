@@ -89,9 +89,7 @@ class Dropout:
     def forward(self, X: Array) -> tuple[Array, dict[str, Array]]:
         """`Z`, of the shape, dtype and device of `X`, and the cache: the mask `K`. `TypeError` for an `X` of integers."""
         check_float("X", X)
-        with _counting:
-            step = self.step
-            self.step = step + 1
+        step = count_pass(self)
         Z, K = place_of(X).run(dropped, X, self.rate, *mask_key(self.seed, step, self.stream))
         return Z, {"K": K}
 
@@ -148,6 +146,14 @@ def _seed_number(seed: Any) -> int:
         return child.entropy
     low, high = (int(word) for word in child.generate_state(2))
     return low | (high >> 1) << 32
+
+
+def count_pass(layer: Dropout, by: int = 1) -> int:
+    """How many forward passes of the layer came before; from now on, so many more."""
+    with _counting:
+        step = layer.step
+        layer.step = step + by
+    return step
 
 
 def threshold(rate: float) -> int:

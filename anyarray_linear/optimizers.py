@@ -6,7 +6,6 @@ floats that these lines take, worked out once per step. What binds an optimizer 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -15,7 +14,8 @@ from .arrays.checks import check_array, check_place
 from .arrays.numbers import real
 from .arrays.pickling import pin, unpin
 from .arrays.place import Array, Namespace, computing_on, dtype_name, place_of
-from .binding import Binding, Moments
+from .binding import MASTER, Binding, Moments, up_to_date
+from .clipping import clipped, unscaled
 from .protocol import stored_gradients
 
 
@@ -104,13 +104,26 @@ class Rule:
         lr = self.lr
         return real("lr", lr(self.steps if step is None else step)) if callable(lr) else lr
 
-    def step(self, model: Any, grads: Mapping[str, Array] | None = None, *, where: Array | None = None) -> None:
+    def step(
+        self,
+        model: Any,
+        grads: Mapping[str, Array] | None = None,
+        *,
+        where: Array | None = None,
+        scale: Array | None = None,
+    ) -> None:
         """Update every parameter of `model` once.
+
+        Of float16 parameters, the optimizer keeps float32 *masters*: the rule runs on those, with moments in float32, and
+        the layer gets their values rounded to float16. An element of a parameter that is not its master's, rounded, was
+        assigned by somebody, and is the new master.
 
         model: a layer or container; an optimizer belongs to the first one it steps.
         grads: the gradients by parameter name, as `gradients` returns them; by default those that `backward` stored.
         where: a 0-d bool array on the model's device; where it is false, parameters and moments stay as they are (the
         step counts all the same). It lets a step be called off without the host having to look.
+        scale: by how much the gradients are too large, a 0-d float32 array on the model's device, as `LossScale` has it.
+        Gradients of float16 parameters may be float16 or float32.
 
         Raises `ValueError` or `TypeError`, before anything is changed, for another model than the first one, and for a
         gradient that is missing, unknown, or of another shape, dtype or device than its parameter, and for a wrong `where`.
@@ -124,8 +137,11 @@ class Rule:
             if where.shape != () or dtype_name(where.dtype) != "bool":
                 raise ValueError(f"where is {dtype_name(where.dtype)} of shape {tuple(where.shape)}; it must be a 0-d bool")
             bound.switch_place = place_of(where)
+        if scale is not None:
+            check_array("scale", scale)
+            check_place("the model", bound.parameters[0], "scale", scale)
         with bound.place.without_graph():
-            bound.place.run(apply_update, self, bound, gradients, by, where)
+            bound.place.run(apply_update, self, bound, gradients, by, where, scale)
         self.stepped(model, bound)
 
     def bind(self, model: Any, gradients: Mapping[str, Array | None] | None = None) -> Binding:
@@ -153,7 +169,10 @@ class Rule:
         bound.remember()
 
     def moments(self) -> dict[str, Moments]:
-        """The running means of each parameter, by its name; themselves, not copies. Empty before the first step."""
+        """The running means of each parameter, by its name; themselves, not copies. Empty before the first step.
+
+        Of a float16 parameter, its `"master"` is among them, the weights in float32.
+        """
         return self._loaded if self.bound is None else self.bound.moments
 
     # pickle and deepcopy keep the moments on their device, which CuPy's own pickling does not
@@ -212,7 +231,7 @@ class Rule:
             raise ValueError(f"state has a wrong hyperparameter: {error}") from error
         if not isinstance(moments, Mapping) or not all(isinstance(moment, Mapping) for moment in moments.values()):
             raise ValueError(f"state has moments = {moments!r:.80}; pass what state_dict gave")
-        wrong = [name for name, moment in moments.items() if set(moment) != set(loaded.moment_names)]
+        wrong = [name for name, moment in moments.items() if set(moment) - {MASTER} != set(loaded.moment_names)]
         if wrong:
             names = ", ".join(loaded.moment_names) or "none"
             raise ValueError(f"state has the wrong moments for {', '.join(wrong)}; they are {names}")
@@ -232,61 +251,24 @@ def apply_update(
     gradients: Mapping[str, Array],
     by: Any,
     where: Array | None,
+    scale: Array | None = None,
 ) -> None:
-    """Clip, update every parameter and its moments, and assign them."""
+    """Clip, update every parameter and its moments, and assign them; float16 parameters by way of their masters."""
     if optimizer.clip_norm is not None:
-        gradients = clipped(gradients, optimizer.clip_norm)
+        gradients = {name: unscaled(xp, dW, scale) for name, dW in gradients.items()}
+        gradients, scale = clipped(gradients, optimizer.clip_norm), None
     new = {}
     for name, (layer, p) in bound.slots.items():
         W, moments = getattr(layer, p), bound.moments[name]
-        new_W, new_moments = optimizer.update(xp, W, gradients[name], moments, by)
+        exact = up_to_date(xp, moments[MASTER], W) if bound.is_half else W
+        new_W, new_moments = optimizer.update(xp, exact, unscaled(xp, gradients[name], scale), moments, by)
         if where is not None:
-            new_W = xp.where(where, new_W, W)
+            new_W = xp.where(where, new_W, exact)
             new_moments = {m: xp.where(where, new_moments[m], moments[m]) for m in new_moments}
+        if bound.is_half:
+            new_moments, new_W = {**new_moments, MASTER: new_W}, xp.astype(new_W, W.dtype)
         new[name] = new_W, new_moments
     bound.assign(new)  # only now, when nothing can go wrong any more
-
-
-def clipped(gradients: Mapping[str, Array], clip_norm: float) -> dict[str, Array]:
-    """The gradients, scaled so that the norm over all of them together is at most `clip_norm`.
-
-    As `torch.nn.utils.clip_grad_norm_`, its 1e-6 included; the norm stays on the device (Pascanu et al., 2013).
-
-    >>> import numpy as np
-    >>> clipped({"W": np.asarray([3.0, 4.0])}, 1.0)["W"].round(3)
-    array([0.6, 0.8])
-    """
-    first = next(iter(gradients.values()))
-    with computing_on(first) as xp:
-        # in float32 where they are float16, whose squares overflow at a norm of 256
-        half = dtype_name(first.dtype) == "float16"
-        wide = [xp.astype(dW, xp.float32) if half else dW for dW in gradients.values()]
-        down: Any = _down(xp, wide)
-        if down is None:
-            down = 1.0
-        else:  # all of what follows with the gradients as small as that
-            wide = [dW * down for dW in wide]
-            gradients = dict(zip(gradients, wide, strict=True))
-        norm = xp.sqrt(sum(xp.sum(dW * dW) for dW in wide))
-        scale = xp.minimum(clip_norm / (norm + 1e-6 * down), 1.0 / down)
-        return {name: xp.astype(dW * xp.astype(scale, dW.dtype, copy=False), first.dtype, copy=False)
-                for name, dW in gradients.items()}  # fmt: skip
-
-
-def _down(xp: Namespace, gradients: list[Array]) -> Array | None:
-    """What to multiply the gradients by so that their squares do not overflow; `None` where it is known to be 1.
-
-    It is 1 or a power of 2, which changes no bit of the norm (Blue, 1978).
-    """
-    big, factor = _RANGE[dtype_name(gradients[0].dtype)]
-    largest = functools.reduce(xp.maximum, (xp.maximum(xp.max(dW), -xp.min(dW)) for dW in gradients))
-    if place_of(gradients[0]).reads_freely and largest <= big:
-        return None
-    return xp.where(largest > big, xp.full_like(largest, factor), xp.full_like(largest, 1.0))
-
-
-_RANGE = {"float32": (2.0**50, 2.0**-78), "float64": (2.0**400, 2.0**-624)}
-"""From where on gradients are scaled down, and by what: the largest numbers come down to that bound."""
 
 
 class SGDScalars(NamedTuple):
@@ -368,8 +350,7 @@ class Adam(Rule):
 
     lr: a float or a schedule, `step -> float`. betas: the two means' memories, each in [0, 1). eps: added to the root.
     weight_decay: adds `weight_decay W` to the gradient (for the decoupled kind see `AdamW`).
-    clip_norm: `None`, or the largest global norm of the gradients. PyTorch's `Adam`, to rounding. As there, float16 is not
-    for it: squares of gradients below 2e-4 and the default eps are 0 in float16; keep the parameters in float32.
+    clip_norm: `None`, or the largest global norm of the gradients. PyTorch's `Adam`, to rounding.
 
     Raises `TypeError` or `ValueError` for a hyper-parameter out of range, also when it is assigned later.
 

@@ -55,7 +55,8 @@ class Layer(Protocol):
 class Optimizer(Protocol):
     """What every optimizer offers; write a class with these methods and `fit` trains with it.
 
-    The methods for checkpoints and groups are only called where there is one.
+    The methods for checkpoints and groups are only called where there is one. For float16 models, `step` also takes `scale`,
+    a 0-d float32 array, by which the gradients are too large.
     """
 
     steps: int

@@ -15,27 +15,38 @@ from .arrays.place import NOWHERE, Array, Namespace, Place, is_array, place_of
 from .guard import Guard
 from .losses import Loss
 from .protocol import Layer, Optimizer, leaves, parameters, state_of
+from .scaling import LossScale, is_half
 
 Gradients = dict[str, Array]
 
 
-def loss_and_gradients(model: Any, loss: Any, X: Array, y: Array, weights: Array | None) -> tuple[Array, Gradients]:
-    """The loss of a batch, a 0-d array, and its gradient by every parameter."""
+def loss_and_gradients(
+    model: Any, loss: Any, X: Array, y: Array, weights: Array | None, scale: LossScale | None = None
+) -> tuple[Array, Gradients]:
+    """The loss of a batch, a 0-d array, and its gradient by every parameter; with a scale, gradients are so much larger."""
     Z, caches = model.forward(X)
-    value, cache = loss.forward(Z, y) if weights is None else loss.forward(Z, y, weights)
-    _, gradients = model.gradients(loss.backward(cache), caches, needs_dX=False)
+    if scale is None:
+        value, cache = loss.forward(Z, y) if weights is None else loss.forward(Z, y, weights)
+        dZ = loss.backward(cache)
+    else:
+        value, dZ = scale.scaled(loss, Z, y, weights)
+    _, gradients = model.gradients(dZ, caches, needs_dX=False)
     return value, gradients
 
 
 def training_step(xp: Namespace, step: TrainingStep, X: Array, y: Array, weights: Array | None) -> Array:
     """The definition of a step: loss and gradients, whether they may be applied, and the update; returns the loss."""
-    kept = [] if step.guard is None else _array_states(step.model)
-    value, gradients = step.gradients(step.model, step.loss, X, y, weights)
-    where = None
+    scale = step.loss_scale
+    kept = [] if step.guard is None and scale is None else _array_states(step.model)
+    value, gradients = step.gradients(step.model, step.loss, X, y, weights, scale)
+    verdict, where, how = None, None, {}
     step.whole = False
+    if scale is not None:
+        verdict = scale.judge(value, gradients.values())
+        where, how = verdict.apply, {"scale": verdict.scale}  # which an optimizer for float32 alone need not know
     if step.guard is not None:
-        where = step.guard.judge(step.number + 1, value, gradients.values(), step.rows or X.shape[0])
-    step.optimizer.step(step.model, gradients, where=where)
+        where = step.guard.judge(step.number + 1, value, gradients.values(), step.rows or X.shape[0], verdict)
+    step.optimizer.step(step.model, gradients, where=where, **how)
     if where is not None:
         for layer, s, before in kept:  # what is called off changes no running mean either
             now = getattr(layer, s)
@@ -66,7 +77,8 @@ class TrainingStep:
     """A whole training step as one operation: `step(X, y)` trains `model` once and returns the loss from before the update.
 
     model, loss, optimizer: as for a loop written by hand, which does the same in five lines. An optimizer belongs to the
-    first model it steps.
+    first model it steps. loss_scale: how a float16 model's gradients are scaled; a new `LossScale()` by default. Models of
+    other dtypes need none and have none.
 
     `how` says by what the last step ran: `"portable"`, `"compiled"` or `"captured"`, and why by nothing faster.
 
@@ -88,7 +100,8 @@ class TrainingStep:
         optimizer: Optimizer,
         *,
         guard: Guard | None = None,
-        gradients: Callable[[Any, Any, Array, Array, Array | None], tuple[Array, Gradients]] = loss_and_gradients,
+        gradients: Callable[..., tuple[Array, Gradients]] = loss_and_gradients,
+        loss_scale: LossScale | None = None,
     ) -> None:
         if not parameters(model):
             raise TypeError(f"model is {model!r:.80}, which has no parameters to train")
@@ -96,6 +109,9 @@ class TrainingStep:
         self.loss: Any = loss
         self.optimizer: Any = optimizer
         self.guard, self.gradients = guard, gradients
+        half = is_half(next(iter(parameters(model).values())))
+        self.loss_scale = (LossScale() if loss_scale is None else loss_scale) if half else None
+        """What scales the gradients of a float16 model; `None` for others."""
         self.number = 0
         """How many steps were taken; a guard counts by it."""
         self.rows: int | None = None
@@ -113,6 +129,8 @@ class TrainingStep:
 
     def __call__(self, X: Array, y: Array, weights: Array | None = None) -> Array:
         """Train once on a batch and return its loss, a 0-d array on the model's device that the caller may keep.
+
+        The loss of a float16 model is float32.
 
         X: `(..., in_features)`, of the model's namespace, device and dtype. y: what the loss takes. weights: one per sample.
 

@@ -16,7 +16,7 @@ import anyarray_linear
 PACKAGE = Path(anyarray_linear.__file__).parent
 MATHEMATICS = (
     *("linear", "activations", "dropout", "erf", "sequential", "losses", "optimizers", "schedules", "protocol"),
-    *("normalization", "binding", "guard", "step", "binary", "averages"),
+    *("normalization", "binding", "guard", "step", "binary", "averages", "scaling", "clipping"),
 )
 HEAVY = (
     *("cupy", "cupyx", "cupy_backends", "torch", "jax", "array_api_strict", "pandas", "scipy", "sklearn"),

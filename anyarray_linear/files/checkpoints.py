@@ -15,8 +15,10 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-from ..arrays.place import Array
+from ..arrays.place import Array, dtype_name
+from ..binding import MASTER
 from ..protocol import join, leaves, trained
+from ..scaling import is_half
 from .architecture import architecture_of, first_difference, warn_of_what_is_not_kept
 from .atomic import atomic_write
 from .journal import NAME as JOURNAL
@@ -125,6 +127,11 @@ def load_checkpoint(
     raise CheckpointError(f"{folder} holds no good checkpoint" + "".join(f"\n  {why}" for why in damaged))
 
 
+def _has_no_masters(file: File, parameters: Mapping[str, Array]) -> bool:
+    """Whether it is a file of a float16 model from before optimizers kept masters."""
+    return any(map(is_half, parameters.values())) and not any(name.endswith(f"/{MASTER}") for name in file.moments)
+
+
 def _rows(path: Path, said: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
         return rows_of(path.parent, said)
@@ -178,12 +185,14 @@ def _resume(
     weights, numbers = match(path, file.weights, model), match_numbers(path, info, model)
     parameters = {join(name, p): getattr(layer, p) for name, layer in leaves(model) for p in layer.parameters()}
     moments: dict[str, dict[str, Array]] = {}
+    old = _has_no_masters(file, parameters)
     for name, x in file.moments.items():
         name, _, m = name.rpartition("/")
         if name not in parameters:
             raise CheckpointError(f"{path} has the optimizer's {m} of {name}, which the model does not have")
         like = parameters[name]
-        check_tensor(path, f"the optimizer's {m} of {name}", x, like, tuple(like.shape))
+        kept_in = "float32" if is_half(like) and not old else dtype_name(like.dtype)
+        check_tensor(path, f"the optimizer's {m} of {name}", x, kept_in, tuple(like.shape))
         moments.setdefault(name, {})[m] = placed(x, like)
     needed = {join(name, p) for name, layer in trained(model) for p in layer.parameters()}  # of frozen layers it has none
     if moments and not needed <= set(moments):
@@ -196,6 +205,13 @@ def _resume(
             check(dict(state))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} does not fit: {told(error)}") from error
+    if old:
+        warnings.warn(
+            f"{path} is from before float16 models had float32 master weights, so it has none; training goes on from the "
+            "float16 weights, with other results than before",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     new = placed_all(weights)
     optimizer.load_state_dict(rule)
     assign([*new, *numbers])

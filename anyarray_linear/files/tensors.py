@@ -88,7 +88,7 @@ def match(path: str | os.PathLike[str], weights: Mapping[str, Host], model: Any)
     matched = []
     for first, *copies in present.values():
         layer, p = places[first]
-        check_tensor(path, first, weights[first], getattr(layer, p), _file_shape(layer, p))
+        check_tensor(path, first, weights[first], dtype_name(getattr(layer, p).dtype), _file_shape(layer, p))
         for other in copies:
             if weights[other].tobytes() != weights[first].tobytes():
                 raise CheckpointError(f"{path}: {first} and {other} are one tensor in the model, but differ in the file")
@@ -96,8 +96,7 @@ def match(path: str | os.PathLike[str], weights: Mapping[str, Host], model: Any)
     return matched
 
 
-def check_tensor(path: str | os.PathLike[str], name: str, x: Host, like: Array, shape: tuple[int, ...]) -> None:
-    dtype = dtype_name(like.dtype)
+def check_tensor(path: str | os.PathLike[str], name: str, x: Host, dtype: str, shape: tuple[int, ...]) -> None:
     if x.shape != shape or x.dtype.name != dtype:
         raise CheckpointError(
             f"{path}: {name} is {x.dtype.name} of shape {x.shape} in the file, but the model needs {dtype} of shape {shape}"

@@ -18,10 +18,11 @@ from ..activations import ReLU, activation_gradient
 from ..arrays.place import Array, Namespace
 from ..averages import reciprocal
 from ..binding import Binding, Flat, flat_of
+from ..clipping import clipped
 from ..guard import all_finite
 from ..linear import affine, affine_gradients
 from ..losses import cross_entropy, cross_entropy_gradient, range_of
-from ..optimizers import SGD, Adam, AdamW, apply_update, clipped
+from ..optimizers import SGD, Adam, AdamW, apply_update
 
 # An array of 32 MiB that nobody touches, freed at once: from then on glibc keeps freed memory of up to that size at hand. It
 # would give it back to the system, and take it again page by page, at each step: a quarter of the time of a tall layer.
@@ -172,11 +173,12 @@ def _apply_update(
     gradients: Mapping[str, Array],
     by: Any,
     where: Array | None,
+    scale: Array | None = None,
 ) -> None:
     """Clip and update in place, in blocks that stay in the cache: bit for bit the portable definition."""
     rule = _RULES.get(type(optimizer))
-    if rule is None:  # somebody's own rule
-        return apply_update(xp, optimizer, bound, gradients, by, where)
+    if rule is None or scale is not None:  # somebody's own rule, or a loop's own scale
+        return apply_update(xp, optimizer, bound, gradients, by, where, scale)
     flat = flat_of(xp, bound)
     if where is not None and not where:
         return None

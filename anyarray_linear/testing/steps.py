@@ -12,6 +12,7 @@ from ..arrays.selection import select_device
 from ..linear import Linear
 from ..losses import MeanSquaredError
 from ..optimizers import SGD
+from ..scaling import LossScale
 from ..step import TrainingStep
 from .bounds import Host, _host, _host_products, _in_tf32, linear_reference, unit_roundoff
 
@@ -54,7 +55,7 @@ def check_step(
     widths = in_features, out_features
     X, Y = (rng.standard_normal((rows, width)).astype(dtype) for width in widths)
     layer = Linear(in_features, out_features, init="pytorch", dtype=dtype, device=place, seed=seed)
-    step = TrainingStep(layer, MeanSquaredError(), SGD(1.0))
+    step = TrainingStep(layer, MeanSquaredError(), SGD(1.0), loss_scale=LossScale(1.0))  # no step is called off
     for _ in range(STEPS - 1):
         step(place.asarray(X), place.asarray(Y))
     W, b = _host(layer.W).copy(), _host(layer.b).copy()

@@ -9,7 +9,7 @@ from typing import Any
 from ..arrays.checks import check_array, describe
 from ..arrays.device import Device
 from ..arrays.place import Array, is_array, place_of
-from .data import is_float
+from .data import is_float, loss_dtype
 
 Batch = tuple[Array, Array, Array | None]
 
@@ -64,6 +64,6 @@ class Batches:
                 raise ValueError(f"{name} has an X of shape {tuple(X.shape)} but {part} has {tuple(x.shape)}; "
                                  "they must have as many rows, and at least one")
         X_dtype = None if self.takes_ids and place_of(X).integral else self.dtype
-        X = self.device.asarray(X, dtype=X_dtype)
-        y = self.device.asarray(y, dtype=self.dtype if is_float(y) else None)
-        return X, y, self.device.asarray(more[0], dtype=self.dtype) if more else None
+        X, exact = self.device.asarray(X, dtype=X_dtype), loss_dtype(self.device, self.dtype)
+        y = self.device.asarray(y, dtype=exact if is_float(y) else None)
+        return X, y, self.device.asarray(more[0], dtype=exact) if more else None

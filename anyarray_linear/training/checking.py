@@ -11,10 +11,11 @@ import numpy as np
 
 from ..arrays.checks import check_array
 from ..arrays.device import Device
+from ..arrays.dtypes import wide
 from ..arrays.place import Array, computing_on, dtype_name, namespace
 from ..protocol import parameters
 from .batches import Batches
-from .data import Data, is_float
+from .data import Data, is_float, loss_dtype
 
 _CHUNK = 1 << 22  # elements read at once when values are checked, so that a memory-mapped file needs little memory
 
@@ -100,8 +101,9 @@ def check_data(model: Any, loss: Any, data: Data, names: tuple[str, str]) -> Non
     """Everything that can be known before training: shapes by running one row, and values by reading them once."""
     if data.takes_ids and is_float(data.X):
         raise TypeError(f"{names[0]} is {dtype_name(data.X.dtype)}, but the model's first layer takes ids; give integers")
-    for name, x in zip(names, (data.X, data.y), strict=True):
-        _check_finite(name, x, data.dtype)
+    exact = loss_dtype(data.device, data.dtype)
+    for name, x, dtype in zip(names, (data.X, data.y), (data.dtype, exact), strict=True):
+        _check_finite(name, x, dtype)
     if data.weights is not None:
         _check_weights(loss, data)
     _try_out(model, loss, data.device, next(data.batches(np.arange(1), 1)), (data.X, data.y), names)
@@ -114,8 +116,9 @@ def check_batches(model: Any, loss: Any, batches: Batches) -> None:
         raise ValueError(f"{batches.name} gave no batch")
     X, y, weights = first
     names = f"the X of batch 0 of {batches.name}", f"the y of batch 0 of {batches.name}"
-    for name, x in zip(names, (X, y), strict=True):
-        _check_finite(name, x, batches.dtype)
+    exact = loss_dtype(batches.device, batches.dtype)
+    for name, x, dtype in zip(names, (X, y), (batches.dtype, exact), strict=True):
+        _check_finite(name, x, dtype)
     _try_out(model, loss, batches.device, (X[:1, ...], y[:1, ...], None if weights is None else weights[:1]), (X, y), names)
 
 
@@ -124,7 +127,7 @@ def _check_weights(loss: Any, data: Data) -> None:
     if tuple(data.weights.shape) != (data.X.shape[0],):
         shape, rows = tuple(data.weights.shape), data.X.shape[0]
         raise ValueError(f"sample_weight has shape {shape} but must have ({rows},), one for each row of X")
-    _check_finite("sample_weight", data.weights, data.dtype)
+    _check_finite("sample_weight", data.weights, loss_dtype(data.device, data.dtype))
     with computing_on(data.weights) as xp:
         low, top = (float(Device.of(data.weights).to_numpy(x)) for x in (xp.min(data.weights), xp.max(data.weights)))
     if low < 0 or not top:
@@ -137,6 +140,8 @@ def _try_out(model: Any, loss: Any, device: Device, batch: Any, whole: tuple[Arr
     try:
         with np.errstate(all="ignore"), device:
             Z = model(X)
+            with computing_on(Z) as xp:
+                Z = wide(xp, Z)  # as losses are trained with
             if weights is None:
                 loss.forward(Z, y)
             else:

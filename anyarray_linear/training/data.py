@@ -68,8 +68,9 @@ class Data:
     def dtypes(self) -> tuple[Any, ...]:
         """What each of them is cast to; `None` for ids, which stay what they are."""
         X = None if self.takes_ids and place_of(self.X).integral else self.dtype
-        y = self.dtype if is_float(self.y) else None
-        return (X, y) if self.weights is None else (X, y, self.dtype)
+        exact = loss_dtype(self.device, self.dtype)
+        y = exact if is_float(self.y) else None
+        return (X, y) if self.weights is None else (X, y, exact)
 
     def move(self) -> None:
         """Have the data where the model is from now on, if they are on the host and fit on the model's card."""
@@ -85,10 +86,16 @@ class Data:
     def fingerprints(self, numbers: int | None = None) -> dict[str, str]:
         """Of `X` and of `y` as training sees them; see `arrays.fingerprint` for `numbers`."""
         floating = dtype_name(self.dtype)
-        dtypes = {"X": floating if self.dtypes[0] is not None else "int64", "y": floating if is_float(self.y) else "int64"}
+        exact = dtype_name(loss_dtype(self.device, self.dtype))
+        dtypes = {"X": floating if self.dtypes[0] is not None else "int64", "y": exact if is_float(self.y) else "int64"}
         if self.weights is not None:
-            dtypes["weights"] = floating
+            dtypes["weights"] = exact
         return {name: fingerprint(getattr(self, name), dtypes[name], self.rows, numbers=numbers)[:16] for name in dtypes}
+
+
+def loss_dtype(device: Device, dtype: Any) -> Any:
+    """In what the loss of a model of this dtype is computed: float32 for float16."""
+    return device.dtype("float32") if dtype_name(dtype) == "float16" else dtype
 
 
 def is_float(x: Array) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..arrays.device import Device
+from ..arrays.dtypes import wide
 from ..arrays.numbers import whole
-from ..arrays.place import Array, computing_on, dtype_name, place_of
+from ..arrays.place import Array, computing_on, place_of
 from ..losses import Loss
 from ..metrics import class_scores, of_classes
 from ..protocol import Layer
@@ -25,11 +26,12 @@ def scores_of(model: Any, data: Data | Batches, loss: Any, batch_size: int) -> d
     for X, y, weights in data.batches() if isinstance(data, Batches) else data.batches(None, batch_size):
         with data.device:
             Z = model(X)
+            with computing_on(Z) as xp:
+                Z = wide(xp, Z)
             value, _ = loss.forward(Z, y) if weights is None else loss.forward(Z, y, weights)
             found.append(dict(_metrics(loss, Z, y)))
         rows.append(X.shape[0])
-        with computing_on(Z) as xp:
-            values.append(xp.astype(value, xp.float32) if dtype_name(value.dtype) == "float16" else value)
+        values.append(value)
     if not rows:
         raise ValueError("there are no batches to validate with; give an object whose iter() starts a new pass")
     counts, total = np.asarray(rows), sum(rows)

@@ -27,6 +27,7 @@ from ..distributed.group import Group
 from ..initializers import layer_seed
 from ..losses import Loss
 from ..protocol import Layer, Optimizer
+from ..scaling import LossScale
 from .batches import Batches
 from .checking import check_batches, check_data, check_parts, check_rows
 from .data import Data, count_of_held, memory_advice, model_place, split_rows, takes_ids
@@ -58,6 +59,7 @@ def fit(
     group: Group | None = None,
     sample_weight: Array | None = None,
     microbatches: int = 1,
+    loss_scale: LossScale | None = None,
     accumulate: int | None = None,
 ) -> History:
     """Train `model` on `X` and `y` in shuffled mini-batches.
@@ -86,6 +88,8 @@ def fit(
     sample_weight: `(N,)`, how much each row counts: the loss of a batch is the mean weighted by them.
     microbatches: work on each batch in so many parts, one after the other, whose gradients are summed before the step; then
     only the activations of a part need memory. Its old name is `accumulate`.
+    loss_scale: how the gradients of a float16 model are scaled, a new `LossScale()` by default; the rows of the history tell
+    it. A step whose scaled gradients overflow is called off, and no bad one as long as the scale can be halved.
 
     Returns the `History`; `interrupted` is true when Ctrl-C or the stop flag ended training. A second Ctrl-C does not wait
     for the step at hand: where it cuts a step in half, `model` and `optimizer` are left so, and no checkpoint is written.
@@ -146,7 +150,8 @@ def fit(
         if held_count and isinstance(data, Data):
             rows, held_rows = split_rows(held_count, len(data), root)
             held = Data(data.X, data.y, device, dtype, held_rows, takes_ids=ids)
-        run = Run(model, data, rows, held, loss, optimizer, batch_size, root, skip_nonfinite, microbatches, group)
+        how = batch_size, root, skip_nonfinite, microbatches, group, loss_scale
+        run = Run(model, data, rows, held, loss, optimizer, *how)
         with Saver(checkpoint if group.rank == 0 else None, checkpoint_every, resume, run) as saver:
             if saver.folder is not None and run.history.rows:
                 for callback in callbacks:

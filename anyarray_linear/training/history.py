@@ -38,7 +38,8 @@ class History:
     """What happened in training.
 
     rows: a dict per epoch: `epoch` (from 1), `steps` so far, `loss` (mean over the epoch's samples, while training), `lr`,
-    `seconds`, and with validation `validation_loss` and, for classes, `validation_accuracy`.
+    `seconds`, with validation `validation_loss` and, for classes, `validation_accuracy`, and for a float16 model
+    `loss_scale`.
     interrupted: whether Ctrl-C or a stop flag ended it. skipped: the number of steps that `skip_nonfinite` passed over.
     """
 

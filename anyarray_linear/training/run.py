@@ -7,6 +7,7 @@ import numbers
 import re
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..distributed.group import Group
 from ..dropout import Dropout
 from ..guard import Guard
 from ..protocol import leaves, parameters, states
+from ..scaling import LossScale
 from ..step import TrainingStep, loss_and_gradients
 from .batches import Batches
 from .data import Data, epoch_order
@@ -44,6 +46,7 @@ class Run:
         skip_nonfinite: int,
         microbatches: int,
         group: Group,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.model, self.data, self.rows, self.held = model, data, rows, held
         self.loss, self.optimizer, self.batch_size, self.seed = loss, optimizer, batch_size, seed
@@ -63,7 +66,9 @@ class Run:
         # groups and parts have gradients of their own; a plain step is one that lanes know
         self.is_plain = group.size == 1 and microbatches == 1
         gradients = loss_and_gradients if self.is_plain else self._gradients
-        self.operation = TrainingStep(model, loss, optimizer, guard=self.guard, gradients=gradients)
+        self.operation = TrainingStep(
+            model, loss, optimizer, guard=self.guard, gradients=gradients, loss_scale=loss_scale
+        )
         self._asked = self._told = False  # whether this rank wants to stop, and whether any does
         self.seconds = 0.0
         self.best = math.inf  # the best score of an epoch, and whether it is that of these weights and not saved yet
@@ -130,7 +135,8 @@ class Run:
     def settle(self, stop: bool) -> None:
         """Whether training stops after this epoch, and whether all ranks are still the same."""
         if self.group.size > 1:
-            state = digest(self.model, self.optimizer, self.seed.entropy, self.seed.spawn_key, self.epoch, self.step)
+            more = self.seed.entropy, self.seed.spawn_key, self.epoch, self.step, self.scale()
+            state = digest(self.model, self.optimizer, *more)
             self.group.check(state, f"after epoch {self.epoch}")
             if states(self.model):  # ranks have seen other rows; rank 0's are what a checkpoint has, and all go on from
                 sent = self.group.exchange(sendable_states(self.model) if not self.group.rank else None)[0]
@@ -171,10 +177,16 @@ class Run:
                 rows = min(self.batch_size, self.count - self.position)
                 yield rows, rows, partial(self.operation, X, y, weights)
 
-    def _gradients(self, model: Any, loss: Any, X: Array, y: Array, weights: Array | None) -> tuple[Array, dict[str, Array]]:
+    def scale(self) -> dict[str, Any] | None:
+        """The state of the loss scale, read from the device; `None` where there is none."""
+        return None if self.operation.loss_scale is None else self.operation.loss_scale.state_dict()
+
+    def _gradients(
+        self, model: Any, loss: Any, X: Array, y: Array, weights: Array | None, scale: LossScale | None
+    ) -> tuple[Array, dict[str, Array]]:
         """Loss and gradients of a batch of which `X` and `y` are this rank's share, worked through part by part."""
         assert self.operation.rows is not None
-        value, gradients = in_parts(model, loss, X, y, weights, self.microbatches, self.operation.rows)
+        value, gradients = in_parts(model, loss, X, y, weights, self.microbatches, self.operation.rows, scale)
         value, gradients, self._told = self.group.average(value, gradients, self._asked)
         return divided(value, gradients)
 
@@ -191,6 +203,8 @@ class Run:
         if self.held is not None:
             scores = scores_of(self.model, self.held, self.loss, self.scored_rows())
             row.update({f"validation_{name}": score for name, score in scores.items()})
+        if scale := self.scale():
+            row["loss_scale"] = scale["scale"]
         row["seconds"] = self.seconds + time.perf_counter() - began
         score: float = row["validation_loss" if "validation_loss" in row else "loss"]
         self.closing = True
@@ -247,7 +261,10 @@ class Run:
         start = batch * self.batch_size
         X, y, weights = next(self.data.batches(self.order(), self.batch_size, start, self.group))
         self.operation.rows, self._asked = min(self.batch_size, self.count - start), False
-        value, gradients = self.operation.gradients(self.model, self.loss, X, y, weights)
+        scale = self.operation.loss_scale
+        if scale is not None:  # gradients that overflowed for good did so at the floor
+            scale = LossScale(scale.floor, floor=scale.floor)
+        value, gradients = self.operation.gradients(self.model, self.loss, X, y, weights, scale)
         wrong = [name for name, g in gradients.items() if not np.isfinite(self.data.device.to_numpy(g)).all()]
         raise NonFiniteError(
             f"step {fatal} (epoch {self.epoch + 1}, batch {batch + 1} of {self.steps_per_epoch}) gave a loss of "
@@ -274,6 +291,7 @@ class Run:
             "guard": {"total": total, "rows": rows, "bad": bad},
             "best": self.best,
             "stopped": self.stopped,
+            "loss_scale": self.scale(),
         }
 
     @cached_property
@@ -310,6 +328,8 @@ class Run:
             here = self.optimizer.learning_rate(last)
             if not math.isclose(rate, here, rel_tol=1e-9):  # machines differ in the last bits of a cosine
                 raise ValueError(other.format(f"learning rate in step {last + 1}", rate, here, "schedule"))
+        if self.operation.loss_scale is not None and (scale := state.get("loss_scale")):
+            copy(self.operation.loss_scale).load_state_dict(scale)
         if not self._can_have(state):
             raise ValueError("its state is none that a training can have")
         if (bad := state["guard"]["bad"]) > self.guard.allowed:
@@ -350,6 +370,8 @@ class Run:
         guard = state["guard"]
         self.history.skipped = self.guard.bad = guard["bad"]
         self.guard.start_epoch(guard["total"], guard["rows"])
+        if self.operation.loss_scale is not None and (scale := state.get("loss_scale")):  # older checkpoints have none
+            self.operation.loss_scale.load_state_dict(scale)
 
 
 def _as_json(entropy: Any) -> Any:

@@ -86,7 +86,7 @@ def _key(llvm: Any) -> str:
     """What the code was made of, and for what."""
     here, found = Path(__file__).parent, hashlib.sha256()
     found.update(_DOORS.encode())
-    for path in (here / "layout.py", *sorted((here / "source").glob("*.py"))):
+    for path in (here / "layout.py", *sorted((here / "source").glob("*.py")), here.parents[1] / "dropout.py"):
         found.update(path.read_bytes())
     for name in ("numba", "llvmlite"):
         spec = PathFinder.find_spec(name)

@@ -14,8 +14,10 @@ import numpy as np
 
 from ...activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from ...binary import BinaryCrossEntropy
+from ...dropout import Dropout, threshold
 from ...linear import Linear
 from ...losses import MeanSquaredError, SoftmaxCrossEntropy
+from ...normalization import LayerNorm
 from ...optimizers import SGD, Adam, AdamW
 from ...sequential import Sequential
 from . import layout as at
@@ -25,7 +27,9 @@ from .table import CHUNK, Table
 Host = np.ndarray[Any, Any]
 
 WORTH_CUTTING = 1 << 20
-"""Multiplications in a product from which on it is cut into tiles: some 10 us, where handing out a tile costs one."""
+"""Multiplications in a product from which on it is worth having threads: some 10 us, where handing out a tile costs one."""
+WORTH_SHARING = 1 << 17
+"""Multiplications from which on a product is cut where threads are at work for a larger one anyway."""
 ROWS = 1 << 13
 """Elements of a loss's tile."""
 _ACTIVATIONS = {ReLU: at.RELU, Tanh: at.TANH, Sigmoid: at.SIGMOID, SiLU: at.SILU}
@@ -55,23 +59,35 @@ def kind_of(layer: Any) -> int | None:
 
 
 class Stage(NamedTuple):
-    """A linear layer with the activation after it, or an activation alone."""
+    """A layer with parameters and the activation after it, or an activation alone, or a dropout."""
 
     layer: Any
+    """A `Linear` or `LayerNorm`, or none."""
     kind: int
     width: int
     """Features of its input."""
     out: int
+    dropout: Any = None
 
 
-def stages_of(model: Any, width: int) -> list[Stage]:
-    """The stages of a model for inputs of so many features. Raises `Declined`."""
+def width_of(layers: Sequence[Any]) -> int:
+    """How many features the first of these layers that says so takes; 0 if none does."""
+    return next((int(W.shape[-1]) for layer in layers if (W := layer.parameters().get("W")) is not None), 0)
+
+
+def stages_of(model: Any, width: int, *, training: bool = True) -> list[Stage]:
+    """The stages of a model for inputs of so many features; dropouts in training only. Raises `Declined`."""
     stages: list[Stage] = []
     for layer in layers_of(model):
         kind = kind_of(layer)
-        if type(layer) is Linear:
-            stages.append(Stage(layer, at.NONE, width, layer.out_features))
-            width = layer.out_features
+        if type(layer) in (Linear, LayerNorm):
+            if layer.W.shape[-1] != width:
+                raise Declined("layers that do not fit each other are not compiled")
+            stages.append(Stage(layer, at.NONE, width, int(layer.W.shape[0])))
+            width = stages[-1].out
+        elif type(layer) is Dropout:
+            if training:
+                stages.append(Stage(None, at.NONE, width, width, layer))
         elif kind is None:
             raise Declined(f"{type(layer).__name__} is not compiled")
         elif stages and stages[-1].layer is not None and stages[-1].kind == at.NONE:
@@ -102,7 +118,7 @@ def loss_kind(loss: Any) -> int:
 
 def cut(rows: int, columns: int, depth: int, threads: int) -> tuple[int, int]:
     """In how many parts rows and columns of a product are cut: so that least is read, and no part is thin."""
-    if threads == 1 or rows * columns * depth < WORTH_CUTTING:
+    if threads == 1 or rows * columns * depth < WORTH_SHARING:
         return 1, 1
     best, choice = math.inf, (1, 1)
     for i in range(1, threads + 1):
@@ -113,6 +129,11 @@ def cut(rows: int, columns: int, depth: int, threads: int) -> tuple[int, int]:
         if read < best:
             best, choice = read, (i, j)
     return choice
+
+
+def bits_of(x: float) -> int:
+    """The bits of a float64, which is how a table of integers holds one."""
+    return int(np.float64(x).view(np.int64))
 
 
 class Program(Table):
@@ -145,6 +166,15 @@ class Program(Table):
         self.positive = 0 if positive is None else positive.ctypes.data
         self.zeros = self.array(max(max(stage.width, stage.out) for stage in stages) + 1024, zero=True)
         self._stages, self._target, self._looks = list(stages), target, looks
+        largest = max((stage.width * stage.out for stage in stages if stage.layer is not None), default=0)
+        self._parts = threads if rows * largest >= WORTH_CUTTING else 1
+
+        self.dropouts: list[Any] = []
+        """The dropouts, in the order in which they drop; a shared one at each of its positions."""
+        self.keys = np.zeros((max(1, sum(stage.dropout is not None for stage in stages)), 3), np.int64)
+        """For each of them what its masks are made of: the seed, the step and the stream."""
+        self._keys: dict[int, int] = {}
+        self._normalized: dict[int, tuple[int, int]] = {}
 
         X, ld = 0, stages[0].width
         y = 0
@@ -168,7 +198,7 @@ class Program(Table):
         return x.ctypes.data
 
     def product(self, rows: int, columns: int, depth: int) -> tuple[int, int]:
-        parts = cut(rows, columns, depth, self.threads)
+        parts = cut(rows, columns, depth, self._parts)
         tile = -(-rows // parts[0]) * -(-columns // parts[1]) * depth
         self.largest, self.work = max(self.largest, tile), self.work + rows * columns * depth
         return parts
@@ -176,12 +206,23 @@ class Program(Table):
     def _forward(self, X: int, ld: int) -> tuple[list[tuple[int, int]], list[int]]:
         """The operations of the forward pass; each stage's input with its row length, and what its activation kept."""
         sources, kept, n = [], [], self.rows
-        for stage in self._stages:
+        for i, stage in enumerate(self._stages):
             self.barrier()
             sources.append((X, ld))
             after = self.array(n * stage.out)
             before = after if stage.kind in _KEEPS_OUTPUT else self.array(n * stage.out)
-            if stage.layer is not None:
+            if type(stage.layer) is LayerNorm:
+                training = self._target is not None
+                self._normalized[i] = H, R = (self.array(n * stage.out), self.array(n)) if training else (0, 0)
+                W, b = self.parameter(stage.layer.W), self.parameter(stage.layer.b)
+                tiles, chunk = self.chunks(n, max(1, ROWS // stage.out))
+                self.add(at.NORMALIZE, tiles, X, ld, W, b, before, after, H, R, n, stage.out, stage.kind, chunk,
+                         bits_of(stage.layer.eps))  # fmt: skip
+            elif stage.dropout is not None:
+                self.dropouts.append(stage.dropout)
+                self._keys[i] = self.keys.ctypes.data + 24 * (len(self.dropouts) - 1)
+                self._drop(i, X, after)
+            elif stage.layer is not None:
                 b = self.zeros if stage.layer.b is None else self.parameter(stage.layer.b)
                 parts = self.product(n, stage.out, stage.width)
                 W = self.parameter(stage.layer.W)
@@ -195,6 +236,25 @@ class Program(Table):
         self._out = X
         self.barrier()
         return sources, kept
+
+    def _drop(self, i: int, source: int, target: int) -> None:
+        """What a dropout does, forwards and backwards: the mask is made anew each time, which is faster than to read it."""
+        stage = self._stages[i]
+        tiles, chunk = self.chunks(self.rows * stage.out, ROWS)
+        rate = stage.dropout.rate
+        self.add(at.DROP, tiles, source, target, self.rows * stage.out, chunk, self._keys[i], threshold(rate),
+                 bits_of(1 / (1 - rate)))  # fmt: skip
+
+    def _normalization_gradient(self, i: int, D: int, other: int, kept: int, grads: tuple[int, int, int] | None) -> None:
+        """The gradients of a layer normalisation: by its input, into `other` if that is one, and by its parameters."""
+        (H, R), stage, n = self._normalized[i], self._stages[i], self.rows
+        if other:
+            tiles, chunk = self.chunks(n, max(1, ROWS // stage.out))
+            W, kind = self.parameter(stage.layer.W), self._stages[i - 1].kind
+            self.add(at.NORMALIZE_INPUT_GRADIENT, tiles, D, W, other, kept, H, R, n, stage.out, kind, chunk)
+        if grads is not None:
+            parts = max(1, min(self.threads, stage.out // 32)) if n * stage.out >= 4 * ROWS else 1
+            self.add(at.NORMALIZE_WEIGHT_GRADIENT, parts, D, H, *grads[:2], n, stage.out, grads[2], parts)
 
     def _train(
         self, sources: list[tuple[int, int]], kept: list[int], y: int, flat: Any, gradients: Any, rule: int
@@ -227,24 +287,31 @@ class Program(Table):
                 self.barrier()
             masked = False
             layer = stage.layer
+            if stage.dropout is not None:
+                self._drop(i, D, D)
+                self.barrier()
             if layer is None:
                 continue
-            if i > first:
+            is_linear, masked = type(layer) is Linear, i > first
+            if i > first and is_linear:
                 kind = stages[i - 1].kind
                 parts = self.product(n, stage.width, stage.out)
                 W = self.parameter(layer.W)
                 self.add(at.INPUT_GRADIENT, parts[0] * parts[1], D, W, other, kept[i - 1], n, stage.width, stage.out,
                          kind, *parts)  # fmt: skip
-                masked = True
+            grads = None
             if trains(layer):
                 def place(p: Any) -> int:
                     return int(p.ctypes.data - flat.W.ctypes.data + gradients.ctypes.data)
 
-                parts = self.product(stage.out, stage.width, n)
-                dW, db = place(layer.W), 0 if layer.b is None else place(layer.b)
-                self.add(at.WEIGHT_GRADIENT, parts[0] * parts[1], D, *sources[i], dW, db, n, stage.width, stage.out,
-                         int(id(layer) in written), *parts)  # fmt: skip
+                grads = dW, db, more = place(layer.W), 0 if layer.b is None else place(layer.b), int(id(layer) in written)
                 written.add(id(layer))
+            if grads is not None and is_linear:
+                parts = self.product(stage.out, stage.width, n)
+                self.add(at.WEIGHT_GRADIENT, parts[0] * parts[1], D, *sources[i], dW, db, n, stage.width, stage.out,
+                         more, *parts)  # fmt: skip
+            elif not is_linear:
+                self._normalization_gradient(i, D, other if i > first else 0, kept[i - 1], grads)
             D, other = other, D
             self.barrier()
         if self._looks:

@@ -11,13 +11,13 @@ import numpy as np
 from ...arrays.place import Array, Namespace
 from ...averages import shares, weights_of_rows
 from ...binding import flat_of
+from ...dropout import count_pass
 from ...guard import Guard
-from ...linear import Linear
 from ...optimizers import Rule
 from ...step import TrainingStep, loss_and_gradients, training_step, training_step_on_rows
 from . import layout as at
 from .building import Declined
-from .program import Host, Program, Stage, containers_of, layers_of, loss_kind, rule_of, stages_of
+from .program import Host, Program, Stage, containers_of, layers_of, loss_kind, rule_of, stages_of, width_of
 from .running import Runner, put_rule
 
 PATIENCE = 100
@@ -27,8 +27,12 @@ _LARGE = 20_000
 _KEPT = 4
 """Programs kept, for as many batch sizes and kinds of target."""
 
+SETTINGS = "eps", "rate", "approximate"
+"""Numbers of a layer that are compiled in."""
+
+_WORDS = (1 << 64) - 1
 _INT64 = np.dtype(np.int64)
-_put_arrays = cast(Any, Struct("6q")).pack_into
+_put_arrays, _put_key = (cast(Any, Struct(form)).pack_into for form in ("6q", "QQq"))
 
 
 class Plan:
@@ -47,8 +51,7 @@ class Plan:
         trained = {id(layer) for _, layer in self.bound.leaves}
         if not any(layer.parameters() and id(layer) in trained for layer in self.layers):
             raise Declined("a model without trained parameters is not compiled")
-        first = next(layer for layer in self.layers if layer.parameters())
-        self.width = int(first.in_features) if hasattr(first, "in_features") else 0
+        self.width = width_of(self.layers)
         self.stages: list[Stage] = stages_of(model, self.width)
         self.frozen = {id(layer) for layer in self.layers} - trained
         if any(W.dtype != self.dtype for layer in self.layers for W in layer.parameters().values()):
@@ -66,7 +69,7 @@ class Plan:
         bound = step.optimizer.bind(step.model)
         if flat_of(xp, bound) is not self.flat or bound.leaves != self.bound.leaves:
             return False
-        if layers_of(step.model) != self.layers:
+        if layers_of(step.model) != self.layers or not self.is_set_as_before():
             return False
         if rule_of(step.optimizer) != self.rule or getattr(step.loss, "positive_weights", None) != self.positive:
             return False
@@ -79,7 +82,10 @@ class Plan:
     def watch(self, step: TrainingStep) -> None:
         """What is looked at before each step."""
         self.watched = [
-            (layer, layer.W, layer.b, getattr(layer, "trainable", True)) for layer in self.layers if type(layer) is Linear
+            (layer, layer.W, layer.b, getattr(layer, "trainable", True)) for layer in self.layers if layer.parameters()
+        ]
+        self.settings = [
+            (layer, name, getattr(layer, name)) for layer in self.layers for name in SETTINGS if hasattr(layer, name)
         ]
         self.containers = containers_of(step.model)
 
@@ -96,7 +102,11 @@ class Plan:
         for layer, W, b, trainable in self.watched:
             if layer.W is not W or layer.b is not b or getattr(layer, "trainable", True) is not trainable:
                 return False
-        return True
+        return self.is_set_as_before()
+
+    def is_set_as_before(self) -> bool:
+        """Whether all numbers of layers that are compiled in are what they were."""
+        return not self.settings or all(getattr(layer, name) == value for layer, name, value in self.settings)
 
     def take(
         self, xp: Namespace, step: TrainingStep, X: Host, y: Host, weights: Host | None, order: Host | None, rows: int
@@ -144,9 +154,13 @@ class Plan:
         order_id, counts_id = 0 if order is None else id(order), 0 if counts is None else id(counts)
         _put_arrays(program.control, 8 * at.X, id(X), apart, id(target), order_id, counts_id, len(X))
         numbers[at.FACTOR] = factor
+        for place, layer in enumerate(program.dropouts):
+            _put_key(program.keys, 24 * place, layer.seed & _WORDS, count_pass(layer) & _WORDS, layer.stream)
         step.whole = False
         helpers = self.runner.run(program)
         if program.control[at.FLAGS]:
+            for layer in program.dropouts:  # the definition will count these passes itself
+                count_pass(layer, -1)
             step.whole = True
             return None
         value = numbers.item(at.VALUE)

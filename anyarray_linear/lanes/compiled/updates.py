@@ -10,7 +10,8 @@ import numpy as np
 
 from ...arrays.place import Array, Namespace
 from ...binding import Binding, flat_of
-from ...optimizers import apply_update, clipped
+from ...clipping import clipped
+from ...optimizers import apply_update
 from .. import numpy as numpy_lane
 from . import layout as at
 from .building import Declined
@@ -51,13 +52,19 @@ class UpdateTable(Table):
 
 
 def compiled_update(
-    xp: Namespace, optimizer: Any, bound: Binding, gradients: Mapping[str, Array], by: Any, where: Array | None
+    xp: Namespace,
+    optimizer: Any,
+    bound: Binding,
+    gradients: Mapping[str, Array],
+    by: Any,
+    where: Array | None,
+    scale: Array | None = None,
 ) -> None:
     """`apply_update`, compiled, for a large model."""
     size = sum(W.size for W in bound.parameters)
     fits = all(type(dW) is np.ndarray and dW.flags.c_contiguous for dW in gradients.values())
-    if size < LARGE or optimizer.steps < AFTER or not fits:
-        _otherwise(xp, optimizer, bound, gradients, by, where)
+    if size < LARGE or optimizer.steps < AFTER or not fits or scale is not None:
+        _otherwise(xp, optimizer, bound, gradients, by, where, scale)
         return
     flat = flat_of(xp, bound)
     table = _tables.get(bound)

@@ -2,6 +2,8 @@
 
 What changes from step to step (the rate, the corrections, the largest norm) reaches the kernel by value, or, in a captured
 step, from the device, where it was put before the graph is launched.
+
+Of float16 parameters, it is the float32 masters that are updated; moments are float32 too.
 """
 
 from __future__ import annotations
@@ -43,11 +45,12 @@ __device__ A power(int exponent) { return A(ldexp(A(1), exponent)); }
 """
 
 _SQUARES = SOURCE + _SCALED + """
-KERNEL squares(const Table dW, A* partial)
+KERNEL squares(const Table dW, A* partial, const float* scale)
 {
+    const A by = scale ? A(1) / A(*scale) : A(1);
     A top = 0;
     EACH_ELEMENT(dW)
-        const A size = abs(A(dW.x[k][i]));
+        const A size = abs(A(dW.x[k][i]) * by);
         if (size > top) top = size;
     END
     top = block_top(top);
@@ -56,7 +59,7 @@ KERNEL squares(const Table dW, A* partial)
     const A shrink = power(-unit);
     A total = 0;
     EACH_ELEMENT(dW)
-        const A g = A(dW.x[k][i]) * shrink;
+        const A g = A(dW.x[k][i]) * by * shrink;
         total += g * g;
     END
     total = block_sum(total);
@@ -71,7 +74,9 @@ _UPDATE = SOURCE + _SCALED + f"""
 struct Numbers {{ double clip_norm, of[{NUMBERS - 1}]; }};
 struct Step {{
     Table dW;
-    T *W, *M, *V;
+    T* W;
+    A *M, *V, *master;  // null: the parameters are their own
+    const float* scale;  // null: the gradients are as large as they should be
     const bool* where;
     const A* partial;
     long long partials;
@@ -98,11 +103,14 @@ KERNEL update(const Step s)
         if (scale > power(unit)) scale = 1;
         else half = power(-unit / 2), rest = power(-unit - (-unit / 2));
     }
+    const A by = s.scale ? A(1) / A(*s.scale) : A(1);
     NAMES
     EACH_ELEMENT(s.dW)
-        A w = A(s.W[n]), g = A(s.dW.x[k][i]);
+        A w = A(s.W[n]), g = A(s.dW.x[k][i]) * by;
+        if (s.master && A(T(s.master[n])) == w) w = s.master[n];  // else somebody assigned it
         if (s.partials) g = g * half * scale * rest;
         RULE
+        if (s.master) s.master[n] = w;
         s.W[n] = T(w);
     END
 }
@@ -114,7 +122,7 @@ _SGD = (
     if (decay != A(0)) g += decay * w;
     if (momentum != A(0)) {
         const A v = momentum * A(s.M[n]) + g;
-        s.M[n] = T(v);
+        s.M[n] = v;
         g = nesterov != A(0) ? g + momentum * v : v;
     }
     w -= lr * g;
@@ -127,8 +135,8 @@ _ADAM = (
     w *= shrink;
     if (decay != A(0)) g += decay * w;
     const A m = beta1 * A(s.M[n]) + rest1 * g, v = beta2 * A(s.V[n]) + rest2 * (g * g);
-    s.M[n] = T(m);
-    s.V[n] = T(v);
+    s.M[n] = m;
+    s.V[n] = v;
     w -= rate * (m / (sqrt(v) + eps));
     """,
 )
@@ -155,15 +163,22 @@ def _kernel(rule_of: Any, dtype: str) -> Any:
     return kernel("update", _UPDATE, dtype, f"#define NAMES {names}\n#define RULE {line}\n")
 
 
-_REST = struct.Struct(f"7Q{NUMBERS}d")
+_REST = struct.Struct(f"9Q{NUMBERS}d")
 
 
 def update(
-    flat: Flat, optimizer: Any, gradients: Sequence[Array], values: Sequence[float], where: Array | None, there: int = 0
+    flat: Flat,
+    optimizer: Any,
+    gradients: Sequence[Array],
+    values: Sequence[float],
+    where: Array | None,
+    there: int = 0,
+    scale: Array | None = None,
 ) -> None:
     """Update the buffers of `flat` by the gradients, in its order.
 
     values: what `numbers` gives. there: the address of such numbers on the device, which are then taken instead.
+    scale: by how much the gradients are too large, a 0-d float32 array, a power of two.
     """
     dtype = flat.W.dtype
     gradients = [contiguous(dW) for dW in gradients]
@@ -171,20 +186,22 @@ def update(
     found = tables(starts, tuple([dW.size for dW in gradients]), _REST.size)
     parts = [gradients[i : i + COUNT] for i in range(0, len(gradients), COUNT)]
     partials, partial = 0, None
+    flag, by = (0 if x is None else x.data.ptr for x in (where, scale))
     if optimizer.clip_norm is not None:
         partials = sum(table.blocks for table in found)
         partial = cupy.ndarray((partials, 2), ACCUMULATOR[dtype.char])
         squares, address = kernel("squares", _SQUARES, dtype.char), partial.data.ptr
         for table, part in zip(found, parts, strict=True):
-            squares((table.blocks,), (THREADS,), (table.filled(part), address))
+            squares((table.blocks,), (THREADS,), (table.filled(part), address, by))
             address += table.blocks * 2 * partial.itemsize
     rule: Any = type(optimizer)
     work = _kernel(rule, dtype.char)
-    flag, sums = (0 if x is None else x.data.ptr for x in (where, partial))
-    buffers = [x.data.ptr for x in (flat.W, *flat.moments)] + [0, 0]
+    sums = 0 if partial is None else partial.data.ptr
+    M, V, *_ = *flat.moments, None, None
     for i, (table, part) in enumerate(zip(found, parts, strict=True)):
-        offset = starts[i * COUNT] * dtype.itemsize  # a table counts from its first array
-        rest = *(address + offset for address in buffers[:3]), flag, sums, partials, there, *values
+        start = starts[i * COUNT]  # a table counts from its first array
+        own = (0 if x is None else x.data.ptr + start * x.itemsize for x in (flat.W, M, V, flat.master))
+        rest = *own, by, flag, sums, partials, there, *values
         work((table.blocks,), (THREADS,), (table.filled(part, _REST, rest),))
 
 
@@ -195,10 +212,13 @@ def apply(
     gradients: Mapping[str, Array],
     by: Any,
     where: Array | None,
+    scale: Array | None = None,
 ) -> None:
     """Update all parameters and moments in place."""
     dtype = bound.place.dtype
-    if not is_known(optimizer) or dtype.char not in TYPES:  # somebody's own rule or layer
-        return apply_update(xp, optimizer, bound, gradients, by, where)
+    summed = bound.is_half and any(dW.dtype != dtype for dW in gradients.values())  # of parts or ranks, in float32
+    if summed or not is_known(optimizer) or dtype.char not in TYPES:  # or somebody's own rule or layer
+        return apply_update(xp, optimizer, bound, gradients, by, where, scale)
     flat = flat_of(xp, bound, align=256 // dtype.itemsize)  # what cuBLAS likes operands to start at
-    return update(flat, optimizer, [gradients[name] for name in flat.views], numbers(optimizer, by), where)
+    in_order = [gradients[name] for name in flat.views]
+    return update(flat, optimizer, in_order, numbers(optimizer, by), where, scale=scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numba import njit
 
 from .. import layout as at
-from . import activations, layers, losses, updates
+from . import activations, dropout, layers, losses, normalization, updates
 from .machine import (
     INT64,
     PLAIN,
@@ -46,6 +46,14 @@ def tile_of(op, c, tile, like):
         activations.activation_gradient(op, tile, like)
     elif code == at.TAKE:
         layers.take(op, c, tile, like)
+    elif code == at.NORMALIZE:
+        normalization.normalize(op, c, tile, like)
+    elif code == at.NORMALIZE_WEIGHT_GRADIENT:
+        normalization.weight_gradient(op, tile, like)
+    elif code == at.NORMALIZE_INPUT_GRADIENT:
+        normalization.input_gradient(op, tile, like)
+    elif code == at.DROP:
+        dropout.drop(op, c, tile, like)
 
 
 @njit(**PLAIN)

@@ -11,6 +11,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ....dropout import FACTORS
+
 BARE = {
     "error_model": "numpy",  # no division by zero is looked for
     "no_cpython_wrapper": True,
@@ -76,6 +78,22 @@ def either(typing, condition, x, y):  # `x` if the condition holds, else `y`: bo
         return builder.select(cgutils.is_true(builder, arguments[0]), arguments[1], arguments[2])
 
     return x(types.boolean, x, x), code
+
+
+@intrinsic
+def kept(typing, i, a, b, threshold):  # whether element `i` of a mask with the key `a`, `b` is kept, as `dropout` says
+    def code(context, builder, signature, arguments):
+        x, a, b, threshold = (builder.trunc(argument, _i32) for argument in arguments)
+
+        def half(x):
+            for shift, factor in zip((16, 15), FACTORS, strict=True):
+                x = builder.mul(builder.xor(x, builder.lshr(x, ir.Constant(_i32, shift))), ir.Constant(_i32, factor))
+            return x
+
+        x = half(builder.xor(half(builder.add(x, a)), b))
+        return builder.icmp_unsigned(">=", builder.lshr(x, ir.Constant(_i32, 8)), threshold)
+
+    return types.boolean(types.int64, types.int64, types.int64, types.int64), code
 
 
 @intrinsic
