@@ -175,9 +175,9 @@ def interleaved(
 
 
 def summary(values: list[float]) -> dict[str, Any]:
-    """The median and the quartiles of `values`, and these."""
+    """The median, the quartiles and the least of `values`, and these."""
     q1, median, q3 = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
-    return {"median": median, "q1": q1, "q3": q3, "rounds": values}
+    return {"median": median, "q1": q1, "q3": q3, "least": min(values), "rounds": values}
 
 
 def ratios(results: dict[str, Any], base: str) -> dict[str, float]:

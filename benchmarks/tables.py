@@ -17,7 +17,7 @@ from .worker import COUNTED
 
 def console() -> Console:
     """Wide enough for the tables, also where the output goes to a file."""
-    return Console(width=max(Console().width, 132), highlight=False)
+    return Console(width=max(Console().width, 150), highlight=False)
 
 
 def show(report: dict[str, Any]) -> None:
@@ -81,9 +81,9 @@ def _case_table(title: str, base: str, cases: dict[str, Any]) -> Table:
         results, ratio = case["results"], case["ratios"][base]
         table.add_row(
             f"{name}\n{_shape(case)}",
-            f"{_time(results[base]['median'])}\n{_spread(results[base])}",
+            f"{_time(results[base]['median'])}\n{_spread(results[base])}\n{_least(results[base])}",
             f"{case['limit']['reached'][base]:.0%}\n{_time(case['limit']['seconds'])}",
-            *(f"[bold]{ratio[who]:.2f}[/]\n{_spread(results[who])}" if who in ratio else "" for who in others),
+            *(_against(results[who], results[base], ratio[who]) if who in ratio else "" for who in others),
         )
     return table
 
@@ -100,6 +100,15 @@ def _time(seconds: float) -> str:
 
 def _spread(times: dict[str, Any]) -> str:
     return f"{_time(times['q1'])}..{_time(times['q3'])}"
+
+
+def _least(times: dict[str, Any]) -> str:
+    """The least time: what other work on the machine disturbs least."""
+    return f"least {_time(times['least'])}"
+
+
+def _against(times: dict[str, Any], base: dict[str, Any], ratio: float) -> str:
+    return f"[bold]{ratio:.2f}[/]\n{_spread(times)}\n{_least(times)}: {times['least'] / base['least']:.2f}"
 
 
 def _digits_table(digits: dict[str, Any]) -> Table:

@@ -174,9 +174,10 @@ def _suite(run: Run) -> Iterator[tuple[list[str], dict[str, str]]]:
     options = ["-q", *plugins, "--backends", "cupy:0", "tests"]
     if not run.is_stand_in:
         options.append("--require-cuda")
-    if find_spec("xdist") and (workers := len(os.sched_getaffinity(0)) // 2) > 1:  # compiling kernels is what takes its time
-        options += ["-n", str(min(workers, 8))]
-    yield _python("pytest", *options), {}
+    if find_spec("xdist") and (workers := len(os.sched_getaffinity(0)) - 2) > 1:  # compiling kernels is what takes its time
+        options += ["-n", str(min(workers, 14))]
+    # the tests compute with JAX on the CPU; by itself it would take most of the card's memory
+    yield _python("pytest", *options), {"JAX_PLATFORMS": "cpu"}
 
 
 def _verify(run: Run) -> Iterator[tuple[list[str], dict[str, str]]]:

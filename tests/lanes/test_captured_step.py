@@ -286,6 +286,7 @@ def test_a_norm_that_changes_and_goes(backend, pair):
     assert steps.steps[0].how == "captured"
 
 
+@counted
 def test_lanes_off_is_noticed(backend, pair):
     X, y = a_batch(backend)
     step = pair().warm(X, y).steps[0]
@@ -433,7 +434,7 @@ def fails_at(stage, monkeypatch):
     if stage == "workspace":
         monkeypatch.setattr(recording, "workspace", broken)
     elif stage == "memory":
-        monkeypatch.setattr(recording, "workspace", lambda _: cupy.empty(1 << 50, np.uint8))
+        monkeypatch.setattr(recording, "workspace", lambda: cupy.empty(1 << 50, np.uint8))
         return "OutOfMemoryError"
     elif stage == "warm-up":
         monkeypatch.setattr(recording.Recording, "ask", broken)

@@ -27,7 +27,9 @@ from .table import CHUNK, Table
 Host = np.ndarray[Any, Any]
 
 WORTH_CUTTING = 1 << 20
-"""Multiplications in a product from which on it is cut into tiles: some 10 us, where handing out a tile costs one."""
+"""Multiplications in a product from which on it is worth having threads: some 10 us, where handing out a tile costs one."""
+WORTH_SHARING = 1 << 17
+"""Multiplications from which on a product is cut where threads are at work for a larger one anyway."""
 ROWS = 1 << 13
 """Elements of a loss's tile."""
 _ACTIVATIONS = {ReLU: at.RELU, Tanh: at.TANH, Sigmoid: at.SIGMOID, SiLU: at.SILU}
@@ -122,7 +124,7 @@ def loss_kind(loss: Any) -> int:
 
 def cut(rows: int, columns: int, depth: int, threads: int) -> tuple[int, int]:
     """In how many parts rows and columns of a product are cut: so that least is read, and no part is thin."""
-    if threads == 1 or rows * columns * depth < WORTH_CUTTING:
+    if threads == 1 or rows * columns * depth < WORTH_SHARING:
         return 1, 1
     best, choice = math.inf, (1, 1)
     for i in range(1, threads + 1):
@@ -170,6 +172,8 @@ class Program(Table):
         self.positive = 0 if positive is None else positive.ctypes.data
         self.zeros = self.array(max(max(stage.width, stage.out) for stage in stages) + 1024, zero=True)
         self._stages, self._target, self._looks = list(stages), target, looks
+        largest = max((stage.width * stage.out for stage in stages if stage.layer is not None), default=0)
+        self._parts = threads if rows * largest >= WORTH_CUTTING else 1
 
         self.dropouts: list[Any] = []
         """The dropouts, in the order in which they drop; a shared one at each of its positions."""
@@ -200,7 +204,7 @@ class Program(Table):
         return x.ctypes.data
 
     def product(self, rows: int, columns: int, depth: int) -> tuple[int, int]:
-        parts = cut(rows, columns, depth, self.threads)
+        parts = cut(rows, columns, depth, self._parts)
         tile = -(-rows // parts[0]) * -(-columns // parts[1]) * depth
         self.largest, self.work = max(self.largest, tile), self.work + rows * columns * depth
         return parts

@@ -112,7 +112,7 @@ class Recording:
             self.state = cupy.zeros(_STATE.size // 8, np.int64)
             self.X = cupy.empty((rows, *X.shape[1:]), X.dtype)
             self.y = cupy.empty((rows, *y.shape[1:]), y.dtype)
-            self.workspace = workspace(flat.W.nbytes * (1 + len(flat.moments)))
+            self.workspace = workspace()
         self.stage = kernel("stage", _STAGE, self.dtype.char)
         self.packed = bytearray(_STATE.size)
         self.by_value = by_value(self.packed)
