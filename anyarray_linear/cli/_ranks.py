@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from ..arrays import cards, doctor
 from ..distributed.group import Group
 from ..distributed.launching import EXPECTED, launch, launched
+from ..distributed.supervising import StartedRanks
 from ._common import bad
 
 
 def start(count: int, transport: str | None, device: str) -> None:
     """In place of this process, start the command in `count` of them, or return if there is to be one, or this is one.
 
-    transport: as `--distributed`; by default NCCL for CUDA, where CuPy has it, else MPI.
+    transport: as `--distributed`; by default NCCL for CUDA, where CuPy has it, else MPI. NCCL needs no MPI: this process
+    starts the ranks then, and stays to look after them.
     """
     if EXPECTED in os.environ:
         return
@@ -29,10 +32,29 @@ def start(count: int, transport: str | None, device: str) -> None:
     if found and count > found:
         there = "is 1 CUDA device" if found == 1 else f"are {found} CUDA devices"
         raise bad("processes", f"it is {count}, and there {there}, one for each; give --processes {found} or --device cpu")
-    arguments = sys.argv[1:]
+    arguments, module = sys.argv[1:], __name__.partition(".")[0]
     if transport is None:
-        arguments = [*arguments, "--distributed", "nccl" if found and cards.has_nccl() else "mpi"]
-    launch(count, __name__.partition(".")[0], arguments)
+        transport = "nccl" if found and cards.has_nccl() else "mpi"
+        arguments += ["--distributed", transport]
+    if transport == "mpi":
+        launch(count, module, arguments)
+    raise SystemExit(_looked_after(StartedRanks(count, module, arguments)))
+
+
+def _looked_after(ranks: StartedRanks) -> int:
+    """The exit code of the ranks; meanwhile signals to this process are theirs."""
+    passed = {number: number for number in (signal.SIGINT, signal.SIGTERM)}
+    if hasattr(signal, "SIGHUP"):
+        passed[signal.SIGHUP] = signal.SIGTERM  # the terminal has gone: stop, and save
+    def pass_on(number: int, frame: object) -> None:
+        ranks.pass_on(passed[signal.Signals(number)])
+
+    before = {number: signal.signal(number, pass_on) for number in passed}
+    try:
+        return ranks.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_size(group: Group) -> None:

@@ -49,11 +49,12 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def show(folder: Path, summary: dict[str, Any], processes: str | None = None) -> None:
-    """Print the scores as tables, and where the files are."""
+def show(folder: Path, summary: dict[str, Any], processes: str | None = None, itself: bool = False) -> None:
+    """Print the scores as tables, and where the files are; `itself`: the command has started its `processes`."""
     console = Terminal()
     scores = parts_of(summary)
-    table = Table("", *scores, title=f"{summary['device']}, {summary['seconds']:.1f} s")
+    device = summary["device"] + (f" in {summary['products']}" if "products" in summary else "")
+    table = Table("", *scores, title=f"{device}, {summary['seconds']:.1f} s")
     for name in (name for name in LABELS if name in scores["train"]):
         table.add_row(LABELS[name], *(shown(name, score[name]) for score in scores.values()))
     console.print(table)
@@ -69,7 +70,9 @@ def show(folder: Path, summary: dict[str, Any], processes: str | None = None) ->
     console.print(f"Look at it: {escape((folder / 'report.html').resolve().as_uri())}", soft_wrap=True)
     if "interrupted" in summary:
         line = f"anyarray-linear train --out {shlex.quote(str(folder))} --resume"
-        if processes is not None:
+        if itself:
+            line += f" --processes {summary.get('ranks', 1)}"
+        elif processes is not None:
             line = f"mpiexec -n {summary.get('ranks', 1)} {line} --distributed {processes}"
         console.print(
             f"interrupted after {summary['epochs']} epochs; these are the files of what was trained so far. Go on with\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 import warnings
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__, distributed
+from ..distributed.launching import EXPECTED
 from ..files.models import load_model, read_metadata
 from ..training import EarlyStopping, History, evaluate, fit, predict
 from ._common import StopSignals, warn
@@ -115,6 +117,8 @@ def write_run(run: Run, options: Any, folder: Path, group: distributed.Group, hi
         "model_epoch": epoch,
         **scores,
     }
+    if run.device.tf32 and options.dtype == "float32":
+        summary["products"] = "TF32"
     if group.size > 1:
         summary["ranks"] = group.size
     if history.interrupted:
@@ -125,7 +129,7 @@ def write_run(run: Run, options: Any, folder: Path, group: distributed.Group, hi
     page = report(run, outputs, folder, _config(run, options), history.rows, summary)
     write_results(folder, model, metadata, history.rows, summary, page)
     with if_heard():
-        show(folder, summary, options.processes)
+        show(folder, summary, options.processes, EXPECTED in os.environ)
 
 
 def _take_the_best(run: Run, folder: Path, history: History) -> int:

@@ -53,11 +53,15 @@ def settings(x: Any) -> str:
 
 
 def digest(model: Any, optimizer: Any, *more: Any) -> str:
-    """The SHA-256 of weights, optimizer and whatever else has to be equal on all ranks."""
+    """The SHA-256 of weights, states, optimizer and whatever else has to be equal on all ranks."""
     import hashlib
 
     state = sendable(model, optimizer)
     found = hashlib.sha256(repr((state["optimizer"]["steps"], more)).encode())
+    for name, s in state["states"].items():
+        found.update(repr((name, None if isinstance(s, np.ndarray) else s)).encode())
+        if isinstance(s, np.ndarray):
+            found.update(np.ascontiguousarray(s).data)
     for name, W in state["weights"].items():
         for x in (W, *state["optimizer"]["moments"].get(name, {}).values()):
             found.update(np.ascontiguousarray(x).data)

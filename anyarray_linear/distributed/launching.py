@@ -11,14 +11,25 @@ from typing import NoReturn
 
 from ..arrays.cores import usable_cores
 
+EXPECTED = "ANYARRAY_PROCESSES"
+"""The environment variable that tells a process that we started how many there should be."""
+NUMBER = "ANYARRAY_RANK"
+"""The one that tells it its number, where no MPI does."""
+
 
 def launched() -> tuple[int, int]:
-    """How many processes `mpiexec` started together, and the number of this one, by what MPICH and Open MPI tell them."""
-    for names in (("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+    """How many processes were started together, and the number of this one, by what MPICH, Open MPI and we tell them."""
+    for names in (("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), (EXPECTED, NUMBER)):
         size, rank = (os.environ.get(name, "") for name in names)
         if size.isdecimal() and rank.isdecimal():
             return int(size), int(rank)
     return 1, 0
+
+
+def number_here() -> tuple[int, int] | None:
+    """The number of this process and how many there are, if `StartedRanks` started it."""
+    size, number = launched()
+    return (number, size) if NUMBER in os.environ else None
 
 
 def seat() -> tuple[set[int], int]:
@@ -43,8 +54,12 @@ def process_space() -> str:
         return ""
 
 
-EXPECTED = "ANYARRAY_PROCESSES"
-"""The environment variable that tells a process that `launch` started how many there should be."""
+def environment_of(count: int) -> dict[str, str]:
+    """The environment of so many processes; the cores are shared, where it does not say how many threads a BLAS has."""
+    environment = {**os.environ, EXPECTED: str(count)}
+    if not environment.keys() & {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}:
+        environment["OPENBLAS_NUM_THREADS"] = str(max(1, len(usable_cores()) // count))
+    return environment
 
 
 def launch(count: int, module: str, arguments: list[str]) -> NoReturn:
@@ -59,9 +74,7 @@ def launch(count: int, module: str, arguments: list[str]) -> NoReturn:
     if find_spec("mpi4py") is None or program is None:
         what = "mpi4py is not installed" if find_spec("mpi4py") is None else "there is no mpiexec"
         raise RuntimeError(f'several processes need MPI, and {what}: pip install "anyarray_linear[mpi]" mpich')
-    environment = {**os.environ, EXPECTED: str(count)}
-    if not environment.keys() & {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}:
-        environment["OPENBLAS_NUM_THREADS"] = str(max(1, len(usable_cores()) // count))
+    environment = environment_of(count)
     for name, value in _MORE_THAN_CORES.items():
         environment.setdefault(name, value)
     command = [program, "-n", str(count), sys.executable, "-m", module, *arguments]

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import cards, doctor
 from ..arrays.device import Device
-from ..arrays.place import Array, computing_on, dtype_name
-from ..arrays.selection import select_device
+from ..arrays.place import Array
 from .group import Group, RankError
-from .launching import fitting_threads, process_space, seat
+from .launching import process_space, seat
+from .ranks import Late, Ranks
 
 _GRACE = 5.0  # seconds in which the others must say so too
 _yield = getattr(os, "sched_yield", lambda: time.sleep(0))  # Windows has none
@@ -36,19 +35,15 @@ def mpi(*, comm: Any = None, timeout: float = 300.0, half: bool = False, device_
     return MPIGroup(comm, timeout, half, device_buffers)
 
 
-class Late(Exception):
-    """Some rank has not come to what the others wait for."""
-
-
-class MPIGroup(Group):
+class MPIGroup(Ranks):
     """Ranks over mpi4py."""
 
     def __init__(self, comm: Any, timeout: float, half: bool, device_buffers: bool | None) -> None:
         import socket
 
+        super().__init__(timeout, half)
         self.MPI = _mpi4py()
         self.base = (self.MPI.COMM_WORLD if comm is None else comm).Dup()
-        self.timeout, self.half = float(timeout), bool(half)
         self.rank, self.size = self.base.rank, self.base.size
         here = self.base.Split_type(self.MPI.COMM_TYPE_SHARED)
         self.local_rank, self.seats = here.rank, here.allgather(seat())
@@ -61,58 +56,16 @@ class MPIGroup(Group):
         self._joined = 0  # how many collective operations of it this rank has joined
         self._news: dict[int, tuple[int, tuple[int, ...], str]] = {}  # what ranks that stop have said
         self._kept: list[Any] = []  # messages on their way, and what was left unfinished
-        self._staging: dict[tuple[int, str], Any] = {}
-        self._said = self._warned = False
+        self._said = False
 
     def _takes_device_buffers(self) -> bool:
         """Whether this MPI says that it takes CUDA memory, as MPI 4.1 lets it, or `ANYARRAY_MPI_CUDA=1` says so for it."""
         kinds = self.MPI.COMM_WORLD.Get_info().Get("mpi_memory_alloc_kinds") or ""
         return "cuda" in kinds or os.environ.get("ANYARRAY_MPI_CUDA", "0") == "1"
 
-    def device(self, spec: Any = "auto") -> Device:
-        if spec == "auto":
-            spec = os.environ.get("ANYARRAY_DEVICE") or ("cuda" if doctor.count() else "auto")
-        # a launcher may let each rank see one card only, which is cuda:0 for all of them
-        return select_device(f"cuda:{self.local_rank % max(1, doctor.count())}" if spec == "cuda" else spec)
-
-    def claim(self, device: Device) -> None:
-        if device.kind == "cpu":
-            self._warn_of_threads()
-        if device.kind != "cuda":
-            return
-        card = cards.load_cupy().cuda.runtime.getDeviceProperties(device.index)["uuid"], device.native.pci_bus_id
-        everyone = self.exchange((self.places[self.rank][0], card))
-        both = tuple(rank for rank, theirs in enumerate(everyone) if theirs == everyone[self.rank])
-        if len(both) > 1:
-            raise RankError(
-                f"{self._named(both)} have the same device, {device}; start no more ranks on a machine than it has devices, "
-                "and let each choose its own: device=group.device()",
-                both,
-            )
-
-    def _warn_of_threads(self) -> None:
-        import warnings
-
-        fitting = fitting_threads(self.seats)
-        if fitting is not None and self.rank == 0 and not self._warned:
-            most = max(threads for _, threads in self.seats)
-            warnings.warn(
-                f"{len(self.seats)} ranks on this machine have up to {most} BLAS threads each, more than its cores, and "
-                f"slow each other down; start them with OPENBLAS_NUM_THREADS={fitting}",
-                stacklevel=2,
-            )
-        self._warned = True
-
-    def __str__(self) -> str:
-        where = ", ".join(f"{rank} is process {pid} on {host}" for rank, (host, pid) in enumerate(self.places))
-        return f"{self.size} rank{'s' * (self.size > 1)} over {self._library()}: {where}"
-
     def _library(self) -> str:
         text = " ".join(self.MPI.Get_library_version().replace("Version:", " ").splitlines()[0].split())
         return text.partition(",")[0].rstrip("\0")
-
-    def _named(self, ranks: tuple[int, ...]) -> str:
-        return " and ".join("rank {} (process {} on {})".format(rank, *reversed(self.places[rank])) for rank in ranks)
 
     # -----------------------------------------------------------------------------------------------------------------
     # waiting, and what may be heard meanwhile
@@ -238,41 +191,7 @@ class MPIGroup(Group):
     # -----------------------------------------------------------------------------------------------------------------
     # the gradients
 
-    def average(
-        self, value: Array, gradients: dict[str, Array], wants_stop: bool
-    ) -> tuple[Array, dict[str, Array], bool]:
-        gradients = {name: gradients[name] for name in sorted(gradients)}  # in one order on all ranks
-        first = next(iter(gradients.values()))
-        with computing_on(first) as xp:
-            packed = [xp.reshape(dW, (-1,)) for dW in gradients.values()]
-            exact = xp.float32 if dtype_name(first.dtype) == "float16" else first.dtype  # a loss of 65505 is no infinity
-            flag = xp.full((1,), float(wants_stop), dtype=exact, device=Device.of(first).native)
-            tail = [xp.astype(xp.reshape(value, (1,)), exact, copy=False), flag]
-            if self.half or exact != first.dtype:  # the loss keeps its precision, at the price of a second, small message
-                flat, _ = self._summed(xp.astype(self._packed(xp, packed), xp.float16, copy=False), False)
-                flat = xp.astype(flat, first.dtype, copy=False)
-                last, stop = self._summed(xp.concat(tail), True)
-            else:
-                flat, stop = self._summed(self._packed(xp, [*packed, *tail]), True)
-                last = flat[-2:]
-            summed, start = {}, 0
-            for name, dW in gradients.items():
-                size = int(np.prod(dW.shape))
-                summed[name] = xp.reshape(flat[start : start + size], dW.shape)
-                start += size
-            return xp.astype(xp.reshape(last[:1], ()), value.dtype, copy=False), summed, stop > 0
-
-    def _packed(self, xp: Any, arrays: list[Array]) -> Array:
-        """All in one array; on NumPy in the same memory each step, as fresh pages cost more than the copying."""
-        if not isinstance(arrays[0], np.ndarray):
-            return xp.concat(arrays)
-        key = sum(x.size for x in arrays), arrays[0].dtype.char
-        if key not in self._staging:
-            self._staging[key] = np.empty(*key)
-        return np.concatenate(arrays, out=self._staging[key])
-
     def _summed(self, x: Array, flagged: bool) -> tuple[Array, float]:
-        """`x`, which is ours to write to, summed over all ranks, and its last element, of use if that is the flag."""
         place = Device.of(x)
         if place.kind != "cuda":
             host = place.to_numpy(x)

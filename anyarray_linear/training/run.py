@@ -135,12 +135,12 @@ class Run:
     def settle(self, stop: bool) -> None:
         """Whether training stops after this epoch, and whether all ranks are still the same."""
         if self.group.size > 1:
-            more = self.seed.entropy, self.seed.spawn_key, self.epoch, self.step, self.scale()
-            state = digest(self.model, self.optimizer, *more)
-            self.group.check(state, f"after epoch {self.epoch}")
             if states(self.model):  # ranks have seen other rows; rank 0's are what a checkpoint has, and all go on from
                 sent = self.group.exchange(sendable_states(self.model) if not self.group.rank else None)[0]
                 adopt_states(self.model, sent)
+            more = self.seed.entropy, self.seed.spawn_key, self.epoch, self.step, self.scale()
+            state = digest(self.model, self.optimizer, *more)
+            self.group.check(state, f"after epoch {self.epoch}")
         self.stopped = any(self.group.exchange(stop))
 
     def steps(self, wants_stop: Callable[[], bool]) -> Iterator[None]:
@@ -201,7 +201,7 @@ class Run:
             "lr": self.optimizer.learning_rate(self.optimizer.steps - 1),
         }
         if self.held is not None:
-            scores = scores_of(self.model, self.held, self.loss, self.scored_rows())
+            scores = scores_of(self.model, self.held, self.loss, self.scored_rows(), self.operation)
             row.update({f"validation_{name}": score for name, score in scores.items()})
         if scale := self.scale():
             row["loss_scale"] = scale["scale"]

@@ -11,6 +11,10 @@ from anyarray_linear.distributed.agreement import adopt, digest, sendable
 from anyarray_linear.protocol import states
 
 
+class OnHost:
+    asarray = staticmethod(np.asarray)
+
+
 def trained(backend, seed, steps):
     """A model with a state, its optimizer, and how to take a step of them."""
     layers = Linear(3, 4, dtype="float32", seed=seed), ReLU(), Dropout(0.5, seed=seed), Linear(4, 2, dtype="float32", seed=seed)
@@ -46,3 +50,14 @@ def test_what_is_sent_is_on_the_host(backend):
     arrays += [x for own in sent["optimizer"]["moments"].values() for x in own.values()]
     assert len(arrays) == 12
     assert {type(x) for x in arrays} == {np.ndarray}
+
+
+def test_a_state_that_differs_is_told_by_the_digest():
+    mine, my_optimizer, _ = trained(OnHost, 0, 2)
+    theirs, their_optimizer, _ = trained(OnHost, 0, 2)
+    assert digest(mine, my_optimizer) == digest(theirs, their_optimizer)
+    theirs[2].step += 1
+    assert digest(mine, my_optimizer) != digest(theirs, their_optimizer)
+    theirs[2].step -= 1
+    mine[1].state, theirs[1].state = (lambda: {"mean": np.zeros(3)}), (lambda: {"mean": np.asarray([0.0, 0.0, 1e-300])})
+    assert digest(mine, my_optimizer) != digest(theirs, their_optimizer)

@@ -585,14 +585,15 @@ def test_no_rank_waits_for_rank_0_to_write_the_results(tmp_path, fails):
 def test_after_a_stop_the_command_to_go_on_can_be_pasted(tmp_path, capsys):
     folder = tmp_path / "my runs"
     summary = {"device": "cpu", "seconds": 1.0, "train": {"loss": 1.0}, "interrupted": True, "epochs": 3, "model_epoch": 3}
-    for ranks, processes, line in (
-        ({}, None, f"anyarray-linear train --out '{folder}' --resume"),
-        ({"ranks": 4}, "mpi", f"mpiexec -n 4 anyarray-linear train --out '{folder}' --resume --distributed mpi"),
+    for ranks, processes, itself, line in (
+        ({}, None, False, f"anyarray-linear train --out '{folder}' --resume"),
+        ({"ranks": 4}, "mpi", False, f"mpiexec -n 4 anyarray-linear train --out '{folder}' --resume --distributed mpi"),
+        ({"ranks": 4}, "mpi", True, f"anyarray-linear train --out '{folder}' --resume --processes 4"),
     ):
-        show(folder, summary | ranks, processes)
+        show(folder, summary | ranks, processes, itself)
         said = capsys.readouterr().out.splitlines()[-1]
         assert said == line
-        *_, train, out, given, resume = shlex.split(said.removesuffix(" --distributed mpi"))
+        *_, train, out, given, resume = shlex.split(said.removesuffix(" --distributed mpi").removesuffix(" --processes 4"))
         assert (train, out, given, resume) == ("train", "--out", str(folder), "--resume")
 
 
@@ -712,12 +713,27 @@ def test_each_process_has_a_card_of_its_own(monkeypatch, not_launched):
     assert "there are 2 CUDA devices, one for each; give --processes 2 or --device cpu" in refused("--processes", "3")
     assert "give --device cuda" in refused("--processes", "2", "--device", "cuda:1")
     started = []
-    monkeypatch.setattr(_ranks, "launch", lambda *given: started.append(given))
-    for nccl, transport in ((True, "nccl"), (False, "mpi")):
+
+    class Ranks:
+        def __init__(self, *given):
+            started.append(given)
+
+        def run(self):
+            return 3
+
+    def launch(*given):  # which does not return either
+        started.append(given)
+        raise SystemExit(4)
+
+    monkeypatch.setattr(_ranks, "launch", launch)
+    monkeypatch.setattr(_ranks, "StartedRanks", Ranks)
+    for nccl, transport, code in ((True, "nccl", 3), (False, "mpi", 4)):  # NCCL without MPI
         monkeypatch.setattr(_ranks.cards, "has_nccl", lambda nccl=nccl: nccl)
-        _ranks.start(2, None, "auto")
+        with pytest.raises(SystemExit, match=str(code)):
+            _ranks.start(2, None, "auto")
         assert started.pop()[2][-2:] == ["--distributed", transport]
-        _ranks.start(2, None, "cpu")
+        with pytest.raises(SystemExit, match="4"):
+            _ranks.start(2, None, "cpu")
         assert started.pop()[2][-2:] == ["--distributed", "mpi"]
 
 

@@ -286,6 +286,7 @@ def test_a_norm_that_changes_and_goes(backend, pair):
     assert steps.steps[0].how == "captured"
 
 
+@counted
 def test_lanes_off_is_noticed(backend, pair):
     X, y = a_batch(backend)
     step = pair().warm(X, y).steps[0]

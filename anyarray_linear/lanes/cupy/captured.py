@@ -24,6 +24,7 @@ import numpy as np
 
 from ...activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from ...arrays.place import Array, Namespace, place_of
+from ...arrays.tf32 import in_tf32
 from ...binary import BinaryCrossEntropy
 from ...binding import Binding, flat_of
 from ...guard import Guard
@@ -67,6 +68,7 @@ class Captured:
         flat = recording.flat
         self.recording, self.flat, self.graph, self.rows = recording, flat, recording.graph, batch.rows
         self.dtype, self.device = flat.W.dtype, flat.W.data.device_id
+        self.in_tf32 = _is_in_tf32(flat.W)
         self.X_like = batch.X.dtype, batch.X.shape[1:]
         self.y_like = batch.y.dtype, batch.y.shape[1:]
         self.model, self.loss, self.optimizer, self.guard = step.model, step.loss, step.optimizer, step.guard
@@ -76,6 +78,7 @@ class Captured:
         assert self.bound is not None
         self.views = [(layer, p, flat.views[name]) for name, (layer, p) in self.bound.slots.items()]
         self._watch_moments(self.bound)
+        self.how = _how("captured", flat.W)
         self.stream: Any = None
         self.event = cupy.cuda.Event(disable_timing=True)
 
@@ -98,6 +101,7 @@ class Captured:
         if (
             step.model is not self.model or step.loss is not self.loss or step.optimizer is not optimizer
             or step.guard is not self.guard or step.gradients is not loss_and_gradients
+            or _is_in_tf32(self.flat.W) is not self.in_tf32
             or (optimizer.clip_norm is not None) is not self.clips or optimizer.moment_names != self.moment_names
         ):  # fmt: skip
             return False
@@ -150,7 +154,7 @@ class Captured:
         self.recording.put(step, values, batch.X, batch.y, batch.order, batch.start, loss)
         self.graph.launch(stream)
         optimizer.steps += 1
-        step.how = "captured"
+        step.how = self.how
         return loss
 
     def _go_to(self, stream: Any) -> None:
@@ -159,6 +163,16 @@ class Captured:
             self.event.record(self.stream)
             stream.wait_event(self.event)
         self.stream = stream
+
+
+def _is_in_tf32(x: Array) -> bool:
+    """Whether the factors of products of such arrays are rounded to 11 bits."""
+    return x.dtype.char == "f" and in_tf32(x.data.device_id)
+
+
+def _how(way: str, x: Array) -> str:
+    """`TrainingStep.how`, for a step with such arrays."""
+    return f"{way}; products in TF32" if _is_in_tf32(x) else way
 
 
 def _is_order(order: Array, device: int) -> bool:
@@ -256,7 +270,7 @@ def _taken(step: TrainingStep, batch: _Batch, weights: Array | None, eagerly: Ca
             else "a first step with batches of this shape; after another one it is captured"
         )  # fmt: skip
     value = eagerly()
-    step.how = f"portable: {why}"
+    step.how = _how(f"portable: {why}", batch.X)
     return value
 
 
@@ -268,10 +282,10 @@ def _first(step: TrainingStep, batch: _Batch, eagerly: Callable[[], Array]) -> A
     value, recording, why = proof.both_ways(step, batch, eagerly)
     if recording is not None:
         kept["captured"] = Captured(recording, step, batch)
-        step.how = "captured"
+        step.how = kept["captured"].how
         return value
     kept["failed"] = why
-    step.how = f"portable: {why}"
+    step.how = _how(f"portable: {why}", batch.X)
     warnings.warn(f"training steps are not captured as CUDA graphs: {why}", RuntimeWarning, stacklevel=6)
     return value
 

@@ -111,7 +111,7 @@ def _difference(
         return "the update of the graph's first replay is not that of the eager step"
     _put(live, before)
     eager_loss, eager = loss_and_gradients(step.model, step.loss, recording.X, recording.y, None)
-    errors = gradient_errors(step.model, step.loss, recording.X.get(), recording.y.get())
+    errors = gradient_errors(step.model, step.loss, recording.X.get(), recording.y.get(), flat.W.data.device_id)
     pairs = [("the loss", loss.get(), eager_loss.get(), errors.pop(""))]
     pairs += [(f"the gradient of {name}", computed[name], dW.get(), errors[name]) for name, dW in eager.items()]
     _put(live, replayed)
