@@ -358,16 +358,17 @@ def trained(model, epochs, **options):
                validation=(random(30, 6, seed=1), np.arange(30) % 4), **options).rows  # fmt: skip
 
 
+@pytest.mark.parametrize("activation", [ReLU, GELU])
 @pytest.mark.parametrize("patience", [0, 6, 12, 100])
-def test_validation_is_compiled_with_the_steps_and_goes_on_with_the_same_bits(patience, tmp_path, monkeypatch):
+def test_validation_is_compiled_with_the_steps_and_goes_on_with_the_same_bits(activation, patience, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "patience", lambda step: patience)
     calls, call = [], forward.Forward.__call__
     monkeypatch.setattr(forward.Forward, "__call__", lambda self, X: calls.append(1) or call(self, X))
-    whole = trained(model_of((6, 5, 4), GELU), 4)
+    whole = trained(model_of((6, 5, 4), activation), 4)
     assert len(calls) == {0: 4, 6: 3, 12: 2, 100: 0}[patience]  # an epoch is four steps
     for stop in (1, 3):
         folder = tmp_path / str(stop)
-        trained(model_of((6, 5, 4), GELU), stop, checkpoint=folder)
-        resumed = trained(model_of((6, 5, 4), GELU), 4, checkpoint=folder, resume=True)
+        trained(model_of((6, 5, 4), activation), stop, checkpoint=folder)
+        resumed = trained(model_of((6, 5, 4), activation), 4, checkpoint=folder, resume=True)
         without_time = [[{name: row[name] for name in row if name != "seconds"} for row in rows] for rows in (whole, resumed)]
         assert without_time[0] == without_time[1]

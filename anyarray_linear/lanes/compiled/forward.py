@@ -77,8 +77,9 @@ class Forward:
         return all(layer.W is W and layer.b is b for layer, W, b in self.watched)
 
     def pays(self, xp: Namespace, saved: float, step: TrainingStep | None) -> bool:
-        """Whether it is worth it. In a training it is as soon as its steps are compiled, whatever is at hand: one that goes
-        on from a file is to have the bits of one that never stopped."""
+        """Whether it is worth it. In a training it is as soon as its steps are compiled, whatever the model: after products
+        of NumPy's own, the threads of OpenBLAS would spin on the cores that the next steps are for. It goes by nothing else,
+        since a training that goes on from a file is to have the bits of one that never stopped."""
         if step is not None:
             return plan_for(xp, step) is not None
         return saved >= COMPILING or is_at_hand(self.dtype.name)
@@ -137,7 +138,7 @@ def compiled_outputs(xp: Namespace, model: Any, X: Array, rows: float, step: Tra
         forward = _forwards.get(model) or _forward_of(model)
         if forward is not None and X.shape[-1] == forward.width:
             saved = forward.saved * rows * (X.size // (X.shape[0] * forward.width))  # with more axes, a row is several
-            if saved >= LOADING or (saved > 0 and step is not None):  # else it need not be looked at any closer
+            if saved >= LOADING or step is not None:  # else it need not be looked at any closer
                 forward = _forward_of(model)
                 if forward is not None and X.dtype == forward.dtype and forward.pays(xp, saved, step):
                     try:
