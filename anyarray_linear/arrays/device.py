@@ -198,6 +198,14 @@ class Device:
             raise TypeError(f"dtype is {name}, but layers on {self} compute in {' or '.join(known)}{why}")
         return dtypes.named(self, name)
 
+    @property
+    def tf32(self) -> bool:
+        """Whether products of float32 arrays are formed in TF32 here, with 11 bits of each factor: of CuPy's arrays as
+        `select_device` or `CUPY_TF32` says, of torch's on CUDA as `torch.backends.cuda.matmul.allow_tf32` does."""
+        if self.kind == "torch":
+            return self.native.type == "cuda" and bool(import_module("torch").backends.cuda.matmul.allow_tf32)
+        return self.index is not None and cards.float32_products(self.index) == "TF32"
+
     def synchronize(self) -> None:
         """Wait until everything that was started on this device is done."""
         if self.kind == "cuda":
