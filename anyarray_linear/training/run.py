@@ -201,7 +201,7 @@ class Run:
             "lr": self.optimizer.learning_rate(self.optimizer.steps - 1),
         }
         if self.held is not None:
-            scores = scores_of(self.model, self.held, self.loss, self.scored_rows())
+            scores = scores_of(self.model, self.held, self.loss, self.scored_rows(), self.operation)
             row.update({f"validation_{name}": score for name, score in scores.items()})
         if scale := self.scale():
             row["loss_scale"] = scale["scale"]

@@ -16,6 +16,7 @@ from anyarray_linear import (
     Adam,
     AdamW,
     Linear,
+    LossScale,
     MeanSquaredError,
     ReLU,
     Sequential,
@@ -709,6 +710,35 @@ def test_the_guard_keeps_the_books_of_the_portable_definition(backend, dtype, al
     with lanes.off():
         assert mine == judged()
     assert mine[1][3] == {0: 2, 1: 4, 2: 6}[allowed]
+
+
+@on_cuda
+@pytest.mark.parametrize("wide", [False, True], ids=["float16 gradients", "float32 gradients"])
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_a_scale_is_judged_as_the_portable_definition_does(backend, wide, with_loss):
+    dtype = "float32" if wide else "float16"
+
+    def judged():
+        scale, found = LossScale(2.0**3, growth=4.0, backoff=0.25, interval=3, floor=2.0), []
+        guard = Guard(backend.device, np.dtype("float32"), 2)
+        for i in range(1, 18):
+            value, gradients = np.float32(i), [random(4, 3, dtype=dtype), random(600, 70, dtype=dtype)]
+            if i in (2, 12, 13, 14):
+                gradients[i % 2][-1, -1] = math.inf
+            if i in (9, 16):
+                value = np.float32(math.nan)
+            loss = backend.asarray(value)
+            verdict = scale.judge(loss if with_loss else None, map(backend.asarray, gradients))
+            found.append([float(backend.to_numpy(x)) for x in verdict])
+            if with_loss:
+                found.append(bool(backend.to_numpy(guard.judge(i, loss, [], 7, verdict))))
+            found.append(scale.read())
+        return found, guard.read()
+
+    mine = judged()
+    with lanes.off():
+        assert mine == judged()
+    assert {state[0] for state in mine[0] if isinstance(state, tuple)} == {2.0, 8.0, 32.0, *([] if with_loss else [128.0])}
 
 
 def a_step(backend, optimizer, layers=None, dtype="float32", batch=64):

@@ -30,6 +30,7 @@ from ...binding import Binding, flat_of
 from ...guard import Guard
 from ...linear import Linear
 from ...losses import MeanSquaredError, SoftmaxCrossEntropy
+from ...scaling import LossScale
 from ...sequential import Sequential
 from ...step import TrainingStep, loss_and_gradients, training_step
 from . import proof
@@ -72,6 +73,8 @@ class Captured:
         self.X_like = batch.X.dtype, batch.X.shape[1:]
         self.y_like = batch.y.dtype, batch.y.shape[1:]
         self.model, self.loss, self.optimizer, self.guard = step.model, step.loss, step.optimizer, step.guard
+        self.loss_scale = step.loss_scale
+        self.loss_dtype = self.dtype if step.loss_scale is None else np.dtype(np.float32)
         self.bound = step.optimizer.bound
         self.clips, self.moment_names = step.optimizer.clip_norm is not None, step.optimizer.moment_names
         self.watched = _watched(step)
@@ -100,7 +103,8 @@ class Captured:
         optimizer = self.optimizer
         if (
             step.model is not self.model or step.loss is not self.loss or step.optimizer is not optimizer
-            or step.guard is not self.guard or step.gradients is not loss_and_gradients
+            or step.guard is not self.guard or step.loss_scale is not self.loss_scale
+            or step.gradients is not loss_and_gradients
             or _is_in_tf32(self.flat.W) is not self.in_tf32
             or (optimizer.clip_norm is not None) is not self.clips or optimizer.moment_names != self.moment_names
         ):  # fmt: skip
@@ -128,7 +132,7 @@ class Captured:
 
     def _watch_moments(self, bound: Binding) -> None:
         self.moments = list(bound.moments.items())
-        self.moment_slots = [(own, m) for own in bound.moments.values() for m in self.moment_names]
+        self.moment_slots = [(own, m) for own in bound.moments.values() for m in bound.kept]
         self.moment_arrays = [own[m] for own, m in self.moment_slots]
 
     def _is_untouched(self, bound: Binding) -> bool:
@@ -147,10 +151,12 @@ class Captured:
         values = numbers(optimizer, optimizer.scalars(optimizer.learning_rate(), optimizer.steps + 1))
         if self.recording.books is not None and self.guard is not None:
             self.recording.books.adopt(self.guard)
+        if self.recording.scaling is not None and self.loss_scale is not None:
+            self.recording.scaling.adopt(self.loss_scale)
         stream = cupy.cuda.get_current_stream()
         if stream != self.stream:
             self._go_to(stream)
-        loss = cupy.ndarray((), self.dtype)
+        loss = cupy.ndarray((), self.loss_dtype)
         self.recording.put(step, values, batch.X, batch.y, batch.order, batch.start, loss)
         self.graph.launch(stream)
         optimizer.steps += 1
@@ -185,6 +191,9 @@ def _is_order(order: Array, device: int) -> bool:
 def _watched(step: TrainingStep) -> list[tuple[dict[str, Any], str, Any]]:
     """Whatever a graph has in it of layers and loss besides trained arrays: where it is kept, and what it is."""
     found = [(vars(step.loss), name, value) for name, value in vars(step.loss).items()]
+    if step.loss_scale is not None:
+        own = vars(step.loss_scale)
+        found += [(own, name, own[name]) for name in ("growth", "backoff", "interval", "floor")]
     for layer in _every(step.model):
         own, names = vars(layer), ["trainable"]
         if type(layer) is Sequential:
@@ -228,8 +237,8 @@ def why_not(step: TrainingStep, batch: _Batch, weights: Array | None) -> str | N
     place = step.place
     if place.dtype.char not in TYPES:
         return f"the model is {place.dtype_name}"
-    if step.loss_scale is not None:
-        return "float16 with masters is not captured yet"
+    if step.loss_scale is not None and type(step.loss_scale) is not LossScale:
+        return "the scale of the loss is one that graphs do not know"
     if type(y) is not cupy.ndarray or place_of(X) is not place or y.data.device_id != X.data.device_id:
         return "the batch is not where the model is, or in another dtype"
     if not X.ndim or not y.ndim or not batch.rows or 0 in X.shape or 0 in y.shape:
