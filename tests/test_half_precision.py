@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from anyarray_linear import (
     SGD,
     Adam,
     AdamW,
+    CheckpointError,
     Dropout,
     EarlyStopping,
     LayerNorm,
@@ -36,12 +39,13 @@ from anyarray_linear import (
     save_model,
     snapshot,
 )
-from anyarray_linear.arrays.place import dtype_name
+from anyarray_linear.arrays.place import computing_on, dtype_name
 from anyarray_linear.datasets import load_digits
+from anyarray_linear.distributed.group import Group
 from anyarray_linear.files import sealed
 from anyarray_linear.guard import Guard
 from anyarray_linear.protocol import parameters
-from anyarray_linear.training.parts import in_parts
+from anyarray_linear.training.parts import divided, in_parts
 
 load_file = pytest.importorskip("safetensors.numpy").load_file
 half = pytest.mark.parametrize("backend", ["torch", "cupy:0", "cupy:1"], indirect=True)
@@ -347,6 +351,53 @@ def test_weights_that_somebody_changed_are_the_new_masters(backend, how):
 
 
 @half
+def test_parameters_of_another_shape_or_dtype_have_masters_of_their_own(backend):
+    model, optimizer = Linear(3, 2, bias=False, seed=0).to(backend.device, "float16"), SGD(2.0**-3)
+    for shape, dtype in (((2, 3), "float16"), ((4, 5), "float16"), ((4, 5), "float32"), ((2, 3), "float16")):
+        model.W = backend.asarray(np.ones(shape), dtype)
+        for _ in range(2):
+            optimizer.step(model, {"W": backend.asarray(np.ones(shape), dtype)})
+        np.testing.assert_array_equal(backend.to_numpy(model.W), np.full(shape, 0.75, dtype))
+        assert ("master" in optimizer.moments()["W"]) == (dtype == "float16")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@every_rule
+def test_a_loop_by_hand_with_a_scale_is_one_without_in_every_dtype_and_skips_what_overflows(backend, rule, dtype):
+    if dtype not in backend.dtypes:
+        pytest.skip("layers do not compute in it here")
+
+    def trained(scale):
+        model, optimizer = network(backend, dtype), RULES[rule]()
+        for i in range(6):
+            X, y = batch(backend, seed=i, dtype=dtype)
+            if i == 3:
+                X = backend.asarray(np.full((8, 6), np.inf), dtype)
+                if scale is None:
+                    optimizer.steps += 1
+                    continue
+            Z, caches = model.forward(X)
+            if scale is None:
+                _, cache = SoftmaxCrossEntropy().forward(Z, y)
+                _, gradients = model.gradients(SoftmaxCrossEntropy().backward(cache), caches)
+                optimizer.step(model, gradients)
+            else:
+                _, dZ = scale.scaled(SoftmaxCrossEntropy(), Z, y)
+                _, gradients = model.gradients(dZ, caches)
+                scale.step(optimizer, model, gradients)
+        return {name: backend.to_numpy(W) for name, W in parameters(model).items()}
+
+    scale = LossScale(2.0**10)
+    with np.errstate(all="ignore"):
+        ours, theirs = trained(scale), trained(None)
+    assert scale.read() == (2.0**9, 2)
+    for name, W in ours.items():
+        assert np.all(np.isfinite(W))
+        if dtype != "float16" and "clipped" not in rule:  # powers of two change no bit, but in float16, and lanes clip otherwise
+            np.testing.assert_array_equal(W, theirs[name])
+
+
+@half
 @every_rule
 def test_state_dicts_pickles_and_copies_keep_masters(backend, rule):
     def go_on(model, optimizer):
@@ -419,21 +470,31 @@ def test_parts_of_a_batch_are_summed_in_float32(backend):
     assert float(backend.to_numpy(gradients["W"])[0, 0]) == 4096
 
 
+def gradient_of_squares(X, y, W, scale=2.0**16, weights=None):
+    """`dW` of the mean squared error of float16 `X W^T`, times `scale`, with what float16 may make it be off by."""
+    counts = np.ones((len(X), 1)) if weights is None else np.asarray(weights, np.float64)[:, None]
+    factor = np.broadcast_to(2 * scale * counts / counts.sum() / y.shape[1], y.shape)
+    Z = Rounded(X, dtype="float16") @ Rounded(W.T, dtype="float16")
+    D = Rounded(Z.value, Z.error) - Rounded(y)  # in float32 from here on
+    scaled = D * Rounded(factor, 16 * 2.0**-24 * factor)  # the sum of the weights, a quotient, the share of a part
+    dZ = Rounded(scaled.value, scaled.error + 2.0**-11 * scaled.most, "float16")
+    return dZ.T @ Rounded(X, dtype="float16")
+
+
 @half
 @pytest.mark.parametrize("weighted", [False, True])
-def test_microbatches_train_as_whole_batches_do(backend, weighted):
-    X, y = load_digits()
-    weight = np.random.default_rng(0).uniform(0.5, 2, 256).astype(np.float32) if weighted else None
-
-    def loss_after(microbatches, dtype):
-        model = Sequential(Linear(64, 16, seed=0), ReLU(), Linear(16, 10, seed=1)).to(backend.device, dtype)
-        return fit(model, X[:256], y[:256], loss=SoftmaxCrossEntropy(), optimizer=SGD(0.1), epochs=2, progress=False,
-                   microbatches=microbatches, sample_weight=weight).rows[-1]["loss"]  # fmt: skip
-
-    whole, parts, exact = loss_after(1, "float16"), loss_after(3, "float16"), loss_after(1, "float32")
-    # outputs are rounded to 2^-11 of sizes near 1, a few times over, so losses are off by some such steps
-    assert abs(whole - exact) < 8 * 2.0**-11
-    assert abs(parts - exact) < 8 * 2.0**-11
+@pytest.mark.parametrize("parts", [1, 3, 24])
+def test_gradients_of_parts_are_those_of_the_batch_to_rounding(backend, weighted, parts):
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((24, 6)).astype(np.float16), rng.standard_normal((24, 3)).astype(np.float32)
+    w = rng.uniform(0.5, 2, 24).astype(np.float32) if weighted else None
+    layer = Linear(6, 3, bias=False, seed=0).to(backend.device, "float16")
+    given = backend.asarray(X), backend.asarray(y), None if w is None else backend.asarray(w)
+    _, gradients = divided(*in_parts(layer, MeanSquaredError(), *given, parts, 24, LossScale(2.0**10)))
+    exact = gradient_of_squares(X, y, half_of(backend, layer.W).astype(np.float64), 2.0**10, w)
+    # what each part rounds is its share of what the batch would, and their sum rounds in float32
+    assert exact.share(backend.to_numpy(gradients["W"])) <= 1
+    assert dtype_name(gradients["W"].dtype) == "float32"
 
 
 @half
@@ -469,6 +530,49 @@ def test_restored_weights_of_early_stopping_are_trained_on(backend):
     assert np.isfinite(history.rows[-1]["loss"])
 
 
+class Twins(Group):
+    """Two ranks as two threads."""
+
+    size = 2
+
+    def __init__(self, rank, slots, barrier):
+        self.rank = self.local_rank = rank
+        self.slots, self.barrier, self.dtypes = slots, barrier, set()
+
+    def exchange(self, value):
+        self.slots[self.rank] = value
+        self.barrier.wait(60)
+        found = list(self.slots)
+        self.barrier.wait(60)
+        return found
+
+    def average(self, value, gradients, wants_stop):
+        everyone = self.exchange((value, gradients, wants_stop))
+        self.dtypes |= {dtype_name(dW.dtype) for dW in gradients.values()}
+        with computing_on(value):
+            (one, ours, a), (other, theirs, b) = everyone
+            return one + other, {name: dW + theirs[name] for name, dW in ours.items()}, a or b
+
+
+@half
+def test_ranks_agree_on_scale_and_steps_where_only_one_of_them_overflows(backend):
+    X, y = (backend.to_numpy(x) for x in batch(backend, rows=32))
+    X[1::2] *= 64  # so that gradients differ
+    groups = [Twins(rank, slots, barrier) for slots, barrier in [([None, None], threading.Barrier(2))] for rank in range(2)]
+
+    def train(group):
+        model, optimizer, scale = network(backend), Adam(1e-2), LossScale(2.0**20, interval=3)
+        fit(model, X, y, loss=SoftmaxCrossEntropy(), optimizer=optimizer, epochs=3, batch_size=4, progress=False,
+            loss_scale=scale, group=group)  # fmt: skip
+        return state(backend, model, optimizer, scale), scale.read()[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        (one, scale), (other, _) = pool.map(train, groups)
+    assert one == other
+    assert scale < 2.0**20
+    assert groups[0].dtypes == {"float32"}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # resuming
 
@@ -497,6 +601,9 @@ def test_resume_in_the_midst_of_a_scale_change_gives_the_same_bits(backend, tmp_
     whole = train()
     first = train(checkpoint=tmp_path, stop=StopAfter(stop))
     assert first[2][0] != 2.0**24
+    with pytest.raises(CheckpointError, match=r"its loss_scale is LossScale\(.*interval=2\), here it is LossScale\(\)"):
+        fit(network(backend), X, y, loss=SoftmaxCrossEntropy(), optimizer=RULES[rule](), epochs=2, batch_size=4, progress=False,
+            checkpoint=tmp_path, resume=True)  # fmt: skip
     assert train(checkpoint=tmp_path, resume=True) == whole
     assert whole[2][0] < 2.0**23
 
@@ -656,14 +763,6 @@ def test_200_free_steps_stay_as_near_to_pytorchs_as_contraction_says(backend):
     rho, L = np.abs(1 - lr * curvature).max(), curvature.max()
     assert rho < 1
 
-    def gradient_error(W):
-        """What the float16 gradient at these float16 weights may be off by."""
-        Z = Rounded(X, dtype="float16") @ Rounded(W.T, dtype="float16")
-        exact = Rounded(Z.value, Z.error) - Rounded(y)  # in float32 from here on
-        scaled = exact * Rounded(np.full(y.shape, 2.0**17 / y.size))
-        dZ = Rounded(scaled.value, scaled.error + 2.0**-11 * scaled.most, "float16")
-        return np.linalg.norm((dZ.T @ Rounded(X, dtype="float16")).error) / 2.0**16
-
     between = 0.0
     for _ in range(STEPS):
         before = [half_of(backend, layer.W), twin.weight.detach().numpy()]
@@ -672,7 +771,7 @@ def test_200_free_steps_stay_as_near_to_pytorchs_as_contraction_says(backend):
         twin.zero_grad()
         scaler.scale(torch.nn.functional.mse_loss(twin(torch.from_numpy(X)).float(), torch.from_numpy(y).float())).backward()
         copy_.grad = twin.weight.grad.float()
-        errors = [gradient_error(W.astype(np.float64)) + L * np.linalg.norm(W.astype(np.float64) - V) for W, V in zip(before, exact, strict=True)]
+        errors = [np.linalg.norm(gradient_of_squares(X, y, W.astype(np.float64)).error) / 2.0**16 + L * np.linalg.norm(W.astype(np.float64) - V) for W, V in zip(before, exact, strict=True)]
         scaler.step(theirs)
         scaler.update()
         with torch.no_grad():
