@@ -94,6 +94,10 @@ class Binding:
                 before, now = (f"{describe(x)}, {place_of(x).dtype_name} of shape {tuple(x.shape)}" for x in (was, W))
                 raise ValueError(f"{name} was {before}, and now is {now}; make a new optimizer")
         new.moments = {name: dict(moments) for name, moments in self.moments.items()}
+        for name, W in zip(new.slots, new.parameters, strict=True):  # a rule without moments takes any others
+            own = new.moments.get(name, {})
+            if MASTER in own and not (new.is_half and own[MASTER].shape == W.shape):
+                del own[MASTER]
         new._complete_moments()
         return new
 

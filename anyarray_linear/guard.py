@@ -50,7 +50,7 @@ class Guard:
                 integer = xp.__array_namespace_info__().default_dtypes(**there)["integral"]
                 self.bad, self.fatal = (xp.asarray(n, dtype=integer, **there) for n in (self.bad, self.fatal))
             if verdict is not None:
-                return booked(xp, self, step, value, verdict.apply, verdict.overflow, rows)
+                return place.operation(booked)(xp, self, step, value, verdict.apply, verdict.overflow, rows)
             return place.operation(judged)(xp, self, step, value, gradients, rows)
 
     def _judge_now(

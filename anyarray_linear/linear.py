@@ -48,7 +48,7 @@ from .arrays.device import Device
 from .arrays.memory import explained_memory
 from .arrays.numbers import whole
 from .arrays.pickling import pin, unpin
-from .arrays.place import Array, Namespace, computing_on, device_of, place_of
+from .arrays.place import Array, Namespace, Place, computing_on, device_of, place_of
 from .arrays.selection import select_device
 from .initializers import draw_parameters
 from .protocol import store_gradients
@@ -77,9 +77,9 @@ def linear_forward(X: Array, W: Array, b: Array | None = None) -> Array:
     >>> linear_forward(np.asarray([1.0, 2.0]), np.asarray([[3.0, 4.0]]), np.asarray([[0.5]]))
     array([11.5])
     """
-    if not _forward_fits(X, W, b):
-        _check_forward(X, W, b)
     place = place_of(W)
+    if not _forward_fits(place, X, W, b):
+        _check_forward(X, W, b)
     if X.ndim == 2:
         return place.run(affine, X, W, b)
     with place.entered() as xp:
@@ -114,9 +114,9 @@ def linear_backward(dZ: Array, X: Array, W: Array, *, bias: bool = True, needs_d
 
 
 def _gradients(dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool) -> tuple[Array | None, Array, Array | None]:
-    if not _backward_fits(dZ, X, W):
-        _check_backward(dZ, X, W)
     place = place_of(W)
+    if not _backward_fits(place, dZ, X, W):
+        _check_backward(dZ, X, W)
     if X.ndim == 2:
         return place.run(affine_gradients, dZ, X, W, bias, needs_dX)  # type: ignore[no-any-return]
     with place.entered() as xp:
@@ -126,9 +126,9 @@ def _gradients(dZ: Array, X: Array, W: Array, bias: bool, needs_dX: bool) -> tup
 
 def _input_gradient(dZ: Array, X: Array, W: Array) -> Array:
     """`dX` alone, for a layer whose own gradients nobody wants."""
-    if not _backward_fits(dZ, X, W):
-        _check_backward(dZ, X, W)
     place = place_of(W)
+    if not _backward_fits(place, dZ, X, W):
+        _check_backward(dZ, X, W)
     with place.entered() as xp:
         return xp.reshape(place.run(input_gradient, _rows(xp, dZ), W), X.shape)
 
@@ -155,9 +155,8 @@ def _rows(xp: Any, X: Array) -> Array:
     return X if X.ndim == 2 else xp.reshape(X, (math.prod(X.shape[:-1]), X.shape[-1]))
 
 
-def _forward_fits(X: Array, W: Array, b: Array | None) -> bool:
-    """Whether a look tells that these may meet; where it says no, `_check_forward` says why."""
-    place = place_of(W)
+def _forward_fits(place: Place, X: Array, W: Array, b: Array | None) -> bool:
+    """Whether a look tells that these may meet, `place` being that of `W`; where it says no, `_check_forward` says why."""
     return (
         place.computes
         and place_of(X) is place
@@ -168,8 +167,16 @@ def _forward_fits(X: Array, W: Array, b: Array | None) -> bool:
     )
 
 
-def _backward_fits(dZ: Array, X: Array, W: Array) -> bool:
-    return _forward_fits(X, W, None) and place_of(dZ) is place_of(W) and dZ.shape == (*X.shape[:-1], W.shape[0])
+def _backward_fits(place: Place, dZ: Array, X: Array, W: Array) -> bool:
+    return (
+        place.computes
+        and place_of(X) is place
+        and place_of(dZ) is place
+        and len(shape := W.shape) == 2
+        and X.shape[-1:] == shape[1:]
+        and 0 not in shape
+        and dZ.shape == (*X.shape[:-1], shape[0])
+    )
 
 
 def _check_forward(X: Array, W: Array, b: Array | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from .arrays.checks import check_alike, check_array, check_shape, describe
 from .arrays.device import Device
-from .arrays.place import Array, computing_on, dtype_name, is_array
+from .arrays.place import Array, Namespace, computing_on, dtype_name, is_array
 
 
 @runtime_checkable
@@ -82,6 +82,14 @@ class Optimizer(Protocol):
 def leaves(model: Any) -> list[tuple[str, Any]]:
     """The layers of `model` that are no containers, each distinct object once, by name; a bare layer's name is `""`."""
     return list(model.leaves()) if hasattr(model, "leaves") else [("", model)]
+
+
+def outputs(xp: Namespace, model: Any, X: Array, rows: float, step: Any = None) -> Array:
+    """What `model` gives for a batch in inference, `model(X)`, as an operation that a lane may replace.
+
+    rows: how many there are in all, of which `X` has some. step: the `TrainingStep` that is validated, if one is.
+    """
+    return model(X)
 
 
 def join(*names: str) -> str:

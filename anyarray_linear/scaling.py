@@ -19,7 +19,8 @@ from .arrays.numbers import real, whole
 from .arrays.place import Array, Namespace, place_of
 from .protocol import stored_gradients
 
-_LARGEST = 2.0**126  # its reciprocal is a normal number still
+LARGEST = 2.0**126
+"""No scale is larger: its reciprocal is a normal number still."""
 
 
 class Verdict(NamedTuple):
@@ -70,8 +71,8 @@ class LossScale:
         interval: int = 2000,
         floor: float = 1.0,
     ) -> None:
-        self.floor = _power_of_two("floor", floor, 2.0**-100, _LARGEST)
-        self.initial = _power_of_two("initial", initial, self.floor, _LARGEST)
+        self.floor = _power_of_two("floor", floor, 2.0**-100, LARGEST)
+        self.initial = _power_of_two("initial", initial, self.floor, LARGEST)
         self.growth = _power_of_two("growth", growth, 2.0, 2.0**24)
         self.backoff = _power_of_two("backoff", backoff, 2.0**-24, 0.5)
         self.interval = whole("interval", interval)
@@ -134,7 +135,7 @@ class LossScale:
         if not isinstance(state, Mapping) or not {"scale", "good"} <= state.keys():
             raise ValueError(f"state is {state!r:.80}; pass what state_dict gave")
         scale, good = state["scale"], state["good"]
-        scale = _power_of_two("the loaded scale", scale, min(self.floor, _LARGEST), _LARGEST)
+        scale = _power_of_two("the loaded scale", scale, min(self.floor, LARGEST), LARGEST)
         if isinstance(good, bool) or not isinstance(good, int) or not 0 <= good < 2**31:
             raise ValueError(f"the loaded count of good steps is {good!r:.60}; it must be an int >= 0")
         self.scale, self.good = scale, good
@@ -180,7 +181,7 @@ def scale_judged(xp: Namespace, scale: LossScale, value: Array | None, gradients
     before, good = scale.scale, xp.where(finite, scale.good + 1, 0)
     grown, shrunk = before * scale.growth, before * scale.backoff
     grows = good >= scale.interval
-    larger = xp.where(grows & (grown <= _LARGEST), grown, before)
+    larger = xp.where(grows & (grown <= LARGEST), grown, before)
     smaller = xp.where(known, xp.where(shrunk > scale.floor, shrunk, scale.floor), before)
     scale.scale = xp.where(finite, larger, smaller)
     scale.good = xp.astype(xp.where(grows, 0, good), xp.int32, copy=False)

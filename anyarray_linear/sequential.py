@@ -89,7 +89,7 @@ class Sequential:
                 continue  # a user's layer may form them all the same
             for path, gradient in reversed(gradients.items()):
                 leaf, _, p = path.rpartition(".")
-                name = join(routes[i][leaf], p)
+                name = f"{routes[i][leaf]}.{p}"
                 if name in total:  # a shared layer's, of a later position
                     with computing_on(gradient):
                         gradient = gradient + total.pop(name)

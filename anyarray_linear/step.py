@@ -38,14 +38,16 @@ def training_step(xp: Namespace, step: TrainingStep, X: Array, y: Array, weights
     """The definition of a step: loss and gradients, whether they may be applied, and the update; returns the loss."""
     scale = step.loss_scale
     kept = [] if step.guard is None and scale is None else _array_states(step.model)
-    value, gradients = step.gradients(step.model, step.loss, X, y, weights, scale)
-    verdict, where, how = None, None, {}
+    # what is only for float16 is only handed on there: a guard or optimizer of the user's own need not know it
+    scaled: tuple[Any, ...] = () if scale is None else (scale,)
+    value, gradients = step.gradients(step.model, step.loss, X, y, weights, *scaled)
+    where, how = None, {}
     step.whole = False
     if scale is not None:
         verdict = scale.judge(value, gradients.values())
-        where, how = verdict.apply, {"scale": verdict.scale}  # which an optimizer for float32 alone need not know
+        where, how, scaled = verdict.apply, {"scale": verdict.scale}, (verdict,)
     if step.guard is not None:
-        where = step.guard.judge(step.number + 1, value, gradients.values(), step.rows or X.shape[0], verdict)
+        where = step.guard.judge(step.number + 1, value, gradients.values(), step.rows or X.shape[0], *scaled)
     step.optimizer.step(step.model, gradients, where=where, **how)
     if where is not None:
         for layer, s, before in kept:  # what is called off changes no running mean either

@@ -17,6 +17,7 @@ from anyarray_linear import (
     Adam,
     AdamW,
     Linear,
+    LossScale,
     MeanSquaredError,
     ReLU,
     Sequential,
@@ -24,8 +25,10 @@ from anyarray_linear import (
     SiLU,
     SoftmaxCrossEntropy,
     Tanh,
+    TrainingStep,
     fit,
 )
+from anyarray_linear.guard import Guard
 
 READERS = ("__array__", "__bool__", "__complex__", "__float__", "__index__", "__int__", "get", "item", "tolist")
 
@@ -101,6 +104,55 @@ def test_a_training_step_copies_nothing_to_the_host_and_does_not_synchronize(bac
     from cupy_backends.cpu_counters import count
 
     step = training(backend, target, optimizer)
+    with count() as asked:
+        step()
+    assert asked.launches + asked.library_calls > 0
+    assert (asked.device_to_host, asked.host_to_device, asked.synchronizations) == (0, 0, 0)
+
+
+def half_training(backend, by, optimizer):
+    """A function that does one step with a float16 model, its masters and its loss scale, warm."""
+    model = Sequential(Linear(6, 8, seed=0), ReLU(), Linear(8, 4, seed=1)).to(backend.device, "float16")
+    rng = np.random.default_rng(0)
+    X, y = backend.asarray(rng.standard_normal((16, 6)), "float16"), backend.asarray(rng.integers(4, size=16))
+    loss, rule, scale = SoftmaxCrossEntropy(), OPTIMIZERS[optimizer](), LossScale(2.0**30)
+    guard = Guard(backend.device, None, 0) if "guard" in by else None
+    whole = TrainingStep(model, loss, rule, guard=guard, loss_scale=scale)
+
+    def by_hand():
+        Z, caches = model.forward(X)
+        value, dZ = scale.scaled(loss, Z, y)
+        _, gradients = model.gradients(dZ, caches, needs_dX=False)
+        scale.step(rule, model, gradients)
+        return value
+
+    step = by_hand if by == "hand" else lambda: whole(X, y)
+    for _ in range(3):
+        step()
+    return step
+
+
+every_half_step = pytest.mark.parametrize("by", ["a training step", "a step with a guard", "hand"])
+
+
+@on_cuda
+@every_half_step
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_float16_step_reads_nothing_back_also_where_gradients_overflow(backend, by, optimizer):
+    step = half_training(backend, by, optimizer)
+    with nobody_reads():
+        for _ in range(20):  # of which the first ones overflow
+            step()
+
+
+@on_cuda
+@counted
+@every_half_step
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_float16_step_copies_nothing_and_does_not_synchronize(backend, by, optimizer):
+    from cupy_backends.cpu_counters import count
+
+    step = half_training(backend, by, optimizer)
     with count() as asked:
         step()
     assert asked.launches + asked.library_calls > 0

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("benchmarks", reason="not in a clone")
 
+from benchmarks.arrays import Plain
 from benchmarks.on_gpu import __main__ as on_gpu
 from benchmarks.on_gpu import report, spread, steps
 
@@ -179,10 +180,28 @@ def test_the_page_on_performance_has_its_gpu_part_from_committed_results():
     assert part.strip() == report.section(report.committed())
 
 
-def test_the_other_libraries_take_the_steps_that_ours_takes():
+def test_what_is_kept_of_tests_is_how_many_ended_how_and_which_failed():
+    lines = FOUND["parts"]["suite"]["lines"]
+    kept = report.folded(lines)
+    assert kept == [{"outcomes": {"passed": 1, "failed": 1}, "in_modules": 2}, lines[0], lines[2]]
+    assert report.folded(kept) == kept
+    parts = {**FOUND["parts"], "suite": {**FOUND["parts"]["suite"], "lines": kept}}
+    assert report.markdown({**FOUND, "parts": parts}) == report.markdown(FOUND)
+
+
+def test_the_first_loss_is_that_of_the_textbook(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "SCRATCH", tmp_path)
+    inputs = steps.drawn({"kind": "step", "batch": [64], "sizes": (64, 128, 10)})
+    first, _ = Plain("cpu").step(**steps.cast(inputs, "float64"), lr=1e-3)
+    assert steps.exact_loss("small", "float32", inputs) == pytest.approx(float(first()), rel=1e-14)
+    assert steps.exact_loss("small", "float32", {}) == steps.exact_loss("small", "float32", inputs)  # kept
+
+
+def test_the_other_libraries_take_the_steps_that_ours_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "SCRATCH", tmp_path)
     torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
     inputs = steps.drawn({"kind": "step", "batch": [64], "sizes": (64, 128, 10)})
-    exact = float(steps.Plain("cpu").step(**steps.cast(inputs, "float64"), lr=1e-3)[0]())
+    exact = steps.exact_loss("small", "float32", inputs)
     for precision, dtype in (("float32", "float32"), ("float16", "float16")):
         eager = object.__new__(steps.TorchOf)  # what its constructor needs is a card
         eager.torch, eager.device, eager.dtype = torch, torch.device("cpu"), getattr(torch, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-import numpy as np
+from . import tf32
 
 
 def load_cupy() -> Any:
@@ -46,17 +46,13 @@ def cuda_version(number: int) -> str:
 
 
 def float32_products(index: int) -> str:
-    """What CuPy makes of matrix products of float32 on this card: `"float32"` or `"TF32"`.
+    """In what products of float32 arrays are formed on this card: `"float32"` or `"TF32"`.
 
-    TF32 (`CUPY_TF32=1` on cards since compute capability 8.0) rounds each factor to 11 significant bits instead of 24
-    before it multiplies: faster, with a relative error of about 5e-4 per factor instead of 6e-8. CuPy reads the variable
-    once per process, so it is not this library's to set; its default is off.
+    TF32 (`select_device("cuda", tf32=True)` or `CUPY_TF32=1`, on cards since compute capability 8.0) rounds each factor to
+    11 significant bits instead of 24 before it multiplies: faster, with a relative error of about 5e-4 per factor instead
+    of 6e-8. By default it is off.
     """
-    linalg = import_module("cupy._core._routines_linalg")
-    with load_cupy().cuda.Device(index):
-        is_tf32 = linalg.get_compute_type(np.dtype("float32")) == linalg.COMPUTE_TYPE_TF32
-    capable = load_cupy().cuda.runtime.getDeviceProperties(index)["major"] >= 8
-    return "TF32" if is_tf32 and capable else "float32"
+    return "TF32" if tf32.products_are_in_tf32(index) else "float32"
 
 
 def cautions(index: int) -> list[str]:
@@ -64,8 +60,8 @@ def cautions(index: int) -> list[str]:
     found = []
     if float32_products(index) == "TF32":
         found.append(
-            f"cuda:{index} multiplies float32 matrices in TF32 (CUPY_TF32 is set), which keeps 11 of 24 significant bits: "
-            "faster, with relative errors near 5e-4; unset CUPY_TF32 before Python starts for float32"
+            f"cuda:{index} multiplies float32 matrices in TF32 ({tf32.why(index)}), which keeps 11 of 24 significant bits: "
+            "faster, with relative errors near 5e-4; for float32 unset CUPY_TF32 before Python starts, or ask for tf32=False"
         )
     single_to_double = 87  # cudaDevAttrSingleToDoublePrecisionPerfRatio
     ratio = int(load_cupy().cuda.runtime.deviceGetAttribute(single_to_double, index))

@@ -195,8 +195,18 @@ class Device:
         known = (*FLOAT_DTYPES, "float16") if self.kind in ("cuda", "torch") else FLOAT_DTYPES
         if name not in known:
             why = " (float16 is for CuPy and torch, which accumulate it in float32)" if name == "float16" else ""
+            if name == "bfloat16" and "float16" in known:
+                why = "; tensor cores take float16, too, and float32 with select_device(..., tf32=True)"
             raise TypeError(f"dtype is {name}, but layers on {self} compute in {' or '.join(known)}{why}")
         return dtypes.named(self, name)
+
+    @property
+    def tf32(self) -> bool:
+        """Whether products of float32 arrays are formed in TF32 here, with 11 bits of each factor: of CuPy's arrays as
+        `select_device` or `CUPY_TF32` says, of torch's on CUDA as `torch.backends.cuda.matmul.allow_tf32` does."""
+        if self.kind == "torch":
+            return self.native.type == "cuda" and bool(import_module("torch").backends.cuda.matmul.allow_tf32)
+        return self.index is not None and cards.float32_products(self.index) == "TF32"
 
     def synchronize(self) -> None:
         """Wait until everything that was started on this device is done."""

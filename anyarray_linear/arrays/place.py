@@ -158,6 +158,7 @@ NOWHERE = Place(None, "", None, None)
 
 _interned: dict[tuple[Namespace, str, Any], Place] = {}
 _known: dict[type, dict[Any, Place]] = {}
+_of_numpy: dict[Any, Place] = _known.setdefault(np.ndarray, {})
 _looks: dict[type, Callable[[Any], Place]] = {}  # by array type: a function that finds the place, or raises KeyError
 
 
@@ -169,6 +170,8 @@ def place_of(x: Any) -> Place:
     (Place(numpy on cpu, float64), True, True)
     """
     try:
+        if type(x) is np.ndarray:  # as its look below, a call less
+            return _of_numpy[x.dtype]
         return _looks[type(x)](x)
     except KeyError:  # the first of its type, or the first of its type that is there and of that dtype
         return _first_look(x)

@@ -11,15 +11,18 @@ from __future__ import annotations
 import copyreg
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from . import cards
+from . import tf32 as tf32_setting
 from .checks import describe
 from .device import Device, cpu_device, cuda_device
 from .doctor import count, examine, once
+from .operations import lanes_are_on
 from .place import is_array
 
 
@@ -27,13 +30,16 @@ class DeviceUnavailableError(RuntimeError):
     """A device that was asked for by name cannot be used; the message says why and what to do about it."""
 
 
-def select_device(spec: str | Device = "auto") -> Device:
+def select_device(spec: str | Device = "auto", *, tf32: bool | None = None) -> Device:
     """The device that `spec` names.
 
     Args:
         spec: `"auto"`: what the environment variable `ANYARRAY_DEVICE` names, else the working CUDA device with most free
             memory, chosen once per process, else the CPU; `"cpu"`; `"cuda"`, the current CUDA device; `"cuda:1"`; or a
             `Device`, returned as it is.
+        tf32: `True`: from now on, whatever this library multiplies of float32 arrays on that CUDA device is multiplied in
+            TF32, with 11 bits of each factor: in this process, in all its threads, until `False` is asked for. `None`
+            changes nothing; at first it is off, unless `CUPY_TF32=1` is in the environment. `Device.tf32` says how it is.
 
     Returns:
         A device that works: a CUDA device has run a kernel and a matrix product in this process. `.reason` says in one
@@ -42,11 +48,41 @@ def select_device(spec: str | Device = "auto") -> Device:
     Raises:
         ValueError: an unknown spec.
         DeviceUnavailableError: a CUDA device that was asked for, by `ANYARRAY_DEVICE` too, cannot be used. The message
-            says what to do. It never falls back to the CPU.
+            says what to do. It never falls back to the CPU. Nor does `tf32=True`: the device chosen is no CUDA device, or
+            one without TF32.
 
     >>> select_device("cpu").reason
     'it was asked for'
     """
+    device = _selected(spec)
+    if tf32 is not None:
+        _ask(device, tf32)
+    return device
+
+
+def _ask(device: Device, tf32: bool) -> None:
+    """Have products of float32 arrays formed in TF32 there, or not."""
+    if not isinstance(tf32, bool):
+        raise TypeError(f"tf32 is {tf32!r:.60}; it must be True, False, or None, which changes nothing")
+    if device.kind == "torch":
+        own = f"torch.backends.cuda.matmul.allow_tf32 = {tf32}"
+        raise ValueError(f"tf32 is for CuPy's arrays, and those on {device} are torch's, which has its own switch: {own}")
+    if device.index is None:
+        if tf32:
+            raise DeviceUnavailableError(f"TF32 is of CUDA devices, and {device} is none ({device.reason}); leave tf32 out")
+        return
+    if tf32 and not tf32_setting.has_tf32(device.index):
+        raise DeviceUnavailableError(
+            f"{device} ({device.name}) has no TF32: cards have it from compute capability {tf32_setting.CAPABLE}.0 on; "
+            "leave tf32 out"
+        )
+    tf32_setting.ask(device.index, tf32)
+    if not lanes_are_on.get() and (unheard := tf32_setting.unheard()):
+        warnings.warn(unheard, RuntimeWarning, stacklevel=3)
+
+
+def _selected(spec: str | Device) -> Device:
+    """As `select_device`."""
     if isinstance(spec, Device):
         return spec
     origin, reason = "device", "it was asked for"

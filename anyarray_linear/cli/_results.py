@@ -53,7 +53,8 @@ def show(folder: Path, summary: dict[str, Any], processes: str | None = None, it
     """Print the scores as tables, and where the files are; `itself`: the command has started its `processes`."""
     console = Terminal()
     scores = parts_of(summary)
-    table = Table("", *scores, title=f"{summary['device']}, {summary['seconds']:.1f} s")
+    device = summary["device"] + (f" in {summary['products']}" if "products" in summary else "")
+    table = Table("", *scores, title=f"{device}, {summary['seconds']:.1f} s")
     for name in (name for name in LABELS if name in scores["train"]):
         table.add_row(LABELS[name], *(shown(name, score[name]) for score in scores.values()))
     console.print(table)

@@ -14,7 +14,7 @@ from ._common import bad
 from ._folder import CHECKPOINTS
 
 _OF_THE_CALL = "out", "resume", "overwrite", "processes", "ranks"  # and not of the run
-_CHANGEABLE = ("device", "epochs", "checkpoint_every", "keep")
+_CHANGEABLE = ("device", "tf32", "epochs", "checkpoint_every", "keep")
 MORE = 10
 """How many epochs more are offered."""
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from ..arrays.device import Device
+from ..arrays.selection import select_device
 from ..datasets import Reading
 from ..distributed.group import Group
 from ..linear import Linear
@@ -98,6 +99,10 @@ def prepare(options: Any, group: Group | None = None) -> Run:
         raise bad("early_stopping", "it watches the loss on validation, and --validation is 0; give a fraction, such as 0.1")
     device = group.device(options.device)
     dtype = device.dtype(options.dtype)
+    if options.tf32:
+        if options.dtype != "float32":
+            raise bad("tf32", f"it is for float32 products, and --dtype is {options.dtype}; leave one of them out")
+        select_device(device, tf32=True)
     _optimizer(options, steps_per_epoch=1)  # its numbers are checked before the data is read
 
     reading = read(options, quiet=group.rank > 0)

@@ -117,6 +117,8 @@ def write_run(run: Run, options: Any, folder: Path, group: distributed.Group, hi
         "model_epoch": epoch,
         **scores,
     }
+    if run.device.tf32 and options.dtype == "float32":
+        summary["products"] = "TF32"
     if group.size > 1:
         summary["ranks"] = group.size
     if history.interrupted:

@@ -7,13 +7,15 @@ import json
 import time
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..arrays import cards, doctor, remedies
+from ..arrays import cards, doctor, remedies, tf32
 from ..arrays.device import Device
 from ..arrays.selection import DeviceUnavailableError, select_device
+from ..linear import linear_forward
 from ..testing import check_step
 from ._streams import Terminal
 
@@ -42,7 +44,7 @@ def devices(
     if doctor_:
         for name, steps in report["examinations"].items():
             if steps[-1]["ok"]:
-                steps.append(_training_step(name))
+                steps += [_training_step(name), _tf32_step(name)]
     if json_:
         typer.echo(json.dumps(report, indent=2))
     else:
@@ -93,6 +95,25 @@ def _training_step(name: str) -> dict[str, Any]:
         found, cure = remedies.explain(error)
     seconds = time.perf_counter() - began
     return {"step": "training step", "ok": not cure, "seconds": seconds, "found": found, "cure": cure or None}
+
+
+def _tf32_step(name: str) -> dict[str, Any]:
+    """Whether TF32 can be had there, and whether products that ask for it round their factors. Neither is a failure."""
+    began = time.perf_counter()
+    try:
+        with tf32.restored():
+            device = select_device(name, tf32=True)
+            X = np.full((256, 256), 1 + 2**-12, np.float32)  # which 11 bits do not hold
+            Z = linear_forward(device.asarray(X), device.asarray(np.eye(256, dtype=np.float32)))
+            rounds = not np.array_equal(device.to_numpy(Z), X)
+        found = "rounds factors to 11 bits" if rounds else "asked for, but the products were those of float32"
+        found += '; off unless asked for: select_device("cuda", tf32=True), --tf32 of train and verify, CUPY_TF32=1'
+        cure = ""
+    except DeviceUnavailableError as error:
+        found, cure = str(error), ""
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding here
+        found, cure = remedies.explain(error)
+    return {"step": "TF32", "ok": not cure, "seconds": time.perf_counter() - began, "found": found, "cure": cure or None}
 
 
 def _row(device: Device) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from ..arrays import cards, doctor
+from ..arrays import cards, doctor, tf32
 from ..arrays.device import Device
 from ..arrays.selection import select_device
 from ..linear import Linear
 from ..testing import adjoint_check, check_step, compare, gradcheck, usable_devices
+from ._common import bad
 from ._streams import Terminal
 
 SHAPES: tuple[tuple[tuple[int, ...], int], ...] = (((32, 512), 64), ((4, 25, 100), 10))
@@ -35,6 +36,9 @@ def verify(
         list[str] | None,
         typer.Option(metavar="SPEC", help='"cpu", "cuda" or "cuda:N", repeatable; by default all that work here.'),
     ] = None,
+    tf32_: Annotated[
+        bool, typer.Option("--tf32", help="Form float32 products in TF32 on CUDA devices, and hold them to its bounds.")
+    ] = False,
 ) -> None:
     """Compute a linear layer on every backend and device that works here, and hold it to the theory of rounding errors.
 
@@ -42,15 +46,18 @@ def verify(
     dW and db show the worst error as a share of the sharp bound for random data. gradcheck is the relative error against
     finite differences in float64, adjoint the difference of <dZ, J V> and <J^T dZ, V> as a share of its bound. step is a
     whole training step, captured as a CUDA graph or compiled where it can be, as a share of the hard limit. Exit code 1
-    when anything is over its bound.
+    when anything is over its bound. Where float32 products are formed in TF32, the row says so, and the bounds are those of
+    factors of 11 bits.
 
     **Examples**
 
     - `anyarray-linear verify`
     - `anyarray-linear verify --device cpu --device cuda:0`
+    - `anyarray-linear verify --device cuda --tf32`
     - `anyarray-linear verify --require-cuda --json`
     """
-    report = _report(device)
+    with tf32.restored():
+        report = _report(device, in_tf32=tf32_)
     if require_cuda and not any(row["device"].startswith("cuda") for row in report["rows"]):
         report["complaints"].append("no CUDA device was verified; see: anyarray-linear devices --doctor")
     report["ok"] = not report["complaints"]
@@ -62,9 +69,15 @@ def verify(
         raise typer.Exit(1)
 
 
-def _report(specs: list[str] | None) -> dict[str, Any]:
+def _report(specs: list[str] | None, *, in_tf32: bool) -> dict[str, Any]:
     """Everything the command finds out, as JSON."""
     places, missing = _places() if specs is None else (list(map(select_device, specs)), {})
+    if in_tf32:
+        cards_here = [place for place in places if place.kind == "cuda"]
+        if not cards_here:
+            raise bad("tf32", "TF32 is of CUDA devices, and none is verified; see: anyarray-linear devices --doctor")
+        for place in cards_here:
+            select_device(place, tf32=True)
     checked = [
         _checked(place, dtype, shape, out_features)
         for place in places
@@ -135,6 +148,7 @@ def _checked(place: Device, dtype: str, shape: tuple[int, ...], out_features: in
         "device": str(place),
         "name": place.name,
         "dtype": dtype,
+        "products": "TF32" if dtype == "float32" and place.tf32 else dtype,
         "shape": [*shape, out_features],
     }
     complaints: list[str] = []
@@ -182,7 +196,7 @@ def _print(report: dict[str, Any]) -> None:
         for row in rows:
             *batch, in_features, out_features = row["shape"]
             table.add_row(
-                row["dtype"], f"{'x'.join(map(str, (*batch, in_features)))} -> {out_features}",
+                row["products"], f"{'x'.join(map(str, (*batch, in_features)))} -> {out_features}",
                 *(f"{row[output]:.1%}" if output in row else "-" for output in OUTPUTS),
                 "-" if row["gradcheck"] is None else f"{row['gradcheck']:.0e}",
                 "-" if row["adjoint"] is None else f"{row['adjoint']:.1%}",
@@ -196,6 +210,8 @@ def _print(report: dict[str, Any]) -> None:
         console.print(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items()))
     ways = dict.fromkeys(f"{row['backend']}: {row['step_by']}" for row in report["rows"] if "step_by" in row)
     console.print(f"training steps: {'; '.join(ways)}", markup=False, soft_wrap=True)
+    if any(row["products"] == "TF32" for row in report["rows"]):
+        console.print("TF32: float32 products with factors of 11 bits, held to a unit roundoff of 2^-11")
     for name, why in report["not_here"].items():
         console.print(f"not verified: {name}: {why}", markup=False, soft_wrap=True)
     for complaint in report["complaints"]:

@@ -16,7 +16,7 @@ from .architecture import architecture_of, built, described_size, warn_of_what_i
 from .atomic import atomic_write
 from .foreign import in_dtypes, renamed
 from .sealed import CheckpointError, as_json, read, seal, told
-from .tensors import CURE, assign, match, match_numbers, memory_advice, numbers_of, placed_all, size_of, weights_of
+from .tensors import CURE, assign, in_dtype, match, match_numbers, memory_advice, numbers_of, placed_all, size_of, weights_of
 
 
 def save_model(
@@ -25,6 +25,7 @@ def save_model(
     *,
     metadata: Mapping[str, Any] | None = None,
     repeat_shared: bool = True,
+    dtype: str | None = None,
 ) -> None:
     """Write the weights and the architecture of `model` to the `safetensors` file `path`, atomically.
 
@@ -32,9 +33,11 @@ def save_model(
     metadata: what else to keep, for `read_metadata`: anything JSON can hold, such as `{"classes": ["cat", "dog"]}`.
     repeat_shared: whether the tensors of a layer that stands at several positions are there under each of them, which
     `load_state_dict(load_file(path))` of PyTorch needs, or only under the first, which `safetensors.torch.load_model` needs.
+    dtype: "float16", "float32" or "float64": what floats are written in; by default, in their own. A float16 model, say, is
+    read on a CPU if it was written as float32, and a file of float16 is half as large.
 
-    Raises `TypeError` for metadata that JSON cannot hold, and `OSError` where the file cannot be written; a file that was
-    there is intact then.
+    Raises `TypeError` for metadata that JSON cannot hold, `ValueError` for weights that are too large for `dtype`, and
+    `OSError` where the file cannot be written; a file that was there is intact then.
 
     >>> import os, tempfile
     >>> from anyarray_linear import Linear, ReLU, Sequential
@@ -48,7 +51,7 @@ def save_model(
     kept = as_json("metadata", {} if metadata is None else metadata)
     warn_of_what_is_not_kept(model)
     info = {"architecture": architecture_of(model), "metadata": kept, **numbers_of(model)}
-    atomic_write(path, seal(path, weights_of(model, repeat_shared=repeat_shared), info))
+    atomic_write(path, seal(path, in_dtype(weights_of(model, repeat_shared=repeat_shared), dtype), info))
 
 
 def load_model(

@@ -65,10 +65,25 @@ def weights_of(model: Any, *, repeat_shared: bool = True) -> dict[str, Host]:
     return {name: on_host(getattr(layer, p)).reshape(_file_shape(layer, p)) for name, (layer, p) in places.items()}
 
 
+def in_dtype(weights: Mapping[str, Host], dtype: str | None) -> dict[str, Host]:
+    """The tensors, those of floats in `dtype`, if it is given; `ValueError` for a dtype that files do not have, and for
+    numbers that are infinite only there."""
+    if dtype is None:
+        return dict(weights)
+    if dtype not in ("float16", "float32", "float64"):
+        raise ValueError(f'dtype is {dtype!r:.60}; it must be "float16", "float32" or "float64"')
+    with np.errstate(over="ignore"):
+        cast = {name: x.astype(dtype) if x.dtype.kind == "f" else x for name, x in weights.items()}
+    lost = [name for name, x in cast.items() if not np.array_equal(np.isfinite(x), np.isfinite(weights[name]))]
+    if lost:
+        raise ValueError(f"{some(lost)} has numbers that are beyond {dtype}; write it in a wider dtype")
+    return cast
+
+
 def size_of(model: Any) -> int:
-    """The bytes of the model's tensors in a file."""
+    """The bytes of the model's tensors in a file; of float16 as of float32, in which a checkpoint has their masters."""
     tensors = (getattr(layer, p) for layer, p in places_of(model).values())
-    return sum(math.prod(W.shape) * np.dtype(dtype_name(W.dtype)).itemsize for W in tensors)
+    return sum(math.prod(W.shape) * max(4, np.dtype(dtype_name(W.dtype)).itemsize) for W in tensors)
 
 
 def match(path: str | os.PathLike[str], weights: Mapping[str, Host], model: Any) -> list[tuple[Any, str, Host]]:

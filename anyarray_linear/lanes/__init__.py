@@ -8,12 +8,13 @@ definition, with lanes off: `ANYARRAY_LANES=0` in the environment, or `with lane
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from ..arrays import operations
+from ..arrays import operations, tf32
 from ..arrays.place import Array, place_of
 
 LANES = {
@@ -65,9 +66,14 @@ def of(operation: Callable[..., Any], x: Array) -> str:
 
 @contextmanager
 def off() -> Iterator[None]:
-    """A context without lanes, in this thread: everything runs by its portable definition."""
+    """A context without lanes, in this thread: everything runs by its portable definition.
+
+    A `RuntimeWarning` says where a CUDA device was asked for products in TF32, or for none, and CuPy does otherwise.
+    """
     token = operations.lanes_are_on.set(False)
     try:
+        if unheard := tf32.unheard():
+            warnings.warn(unheard, RuntimeWarning, stacklevel=3)
         yield
     finally:
         operations.lanes_are_on.reset(token)

@@ -82,9 +82,10 @@ def _affine_gradients(
     """`dX = dZ W`, `dW = dZ^T X` and `db = 1^T dZ`."""
     rows = block_rows(X, W) if len(X) >= TALL else 0
     if not rows:
-        product = np.ndarray.dot if X.size < SMALL and W.size < SMALL else np.matmul
         db = ones_row(len(dZ), dZ.dtype).dot(dZ) if bias else None
-        return product(dZ, W) if needs_dX else None, product(dZ.T, X), db
+        if X.size < SMALL and W.size < SMALL:
+            return dZ.dot(W) if needs_dX else None, dZ.T.dot(X), db
+        return dZ @ W if needs_dX else None, dZ.T @ X, db
     dX = np.empty(X.shape, W.dtype) if needs_dX else None
     dW, scratch = np.zeros(W.shape, W.dtype), np.empty(W.shape, W.dtype)
     db = np.zeros((1, W.shape[0]), W.dtype) if bias else None

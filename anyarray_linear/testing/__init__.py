@@ -16,8 +16,9 @@ only: structured data, such as one constant summed 65,536 times, breaks it legit
 - float16: products are summed in float32, so `u = 2^-24` there, and each result is rounded to float16 (`2^-11`) once, or
   twice where a bias is added. That is nearly all of both bounds, and one rounding does not cancel with others: correct
   float16 results come near to 100 % of the sharp gate, where float32 and float64 stay below half;
-- TF32 (CuPy with `CUPY_TF32=1`): the operands of float32 products keep 11 bits. The hard limit allows for them being cut
-  off (`2^-10` each), the sharp gate takes `u = 2^-11`. Whether it is on is asked of CuPy;
+- TF32 (`Device.tf32`): the operands of float32 products keep 11 bits, `u = 2^-11`. Both bounds allow for each being cut off,
+  by up to `2 u`; however many are summed, these errors do not grow beyond that. `db` on CuPy is a sum, and is held to
+  float32 with TF32 on, too;
 - underflow, gradual or flushed to zero, as GPUs and XLA do it: an absolute term, far below anything else unless values are
   near the smallest normal number;
 - overflow: where the product of absolute values leaves the range of the dtype, nothing is proven and the bound is `inf`;

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
-from ..arrays import cards
 from ..arrays.device import Device
+from ..arrays.operations import lanes_are_on
 from ..arrays.place import Array, dtype_name
 
 Host = np.ndarray[Any, Any]
@@ -33,9 +34,17 @@ def gamma(n: int, u: float) -> float:
     return n * u / (1 - n * u) if n * u < 1 else math.inf
 
 
-def _in_tf32(place: Device, dtype: str) -> bool:
-    """Whether products of that dtype are formed in TF32 there."""
-    return dtype == "float32" and place.index is not None and cards.float32_products(place.index) == "TF32"
+TF32 = 2.0**-11
+"""The unit roundoff of TF32."""
+OUTPUTS = "Z", "dX", "dW", "db"
+"""What a linear layer computes, each of it by a product."""
+
+
+def _in_tf32(place: Device, dtype: str) -> Collection[str]:
+    """The outputs whose products are formed in TF32 there. The lanes for CuPy form `db` in float32 in any case."""
+    if dtype != "float32" or not place.tf32:
+        return ()
+    return OUTPUTS[:3] if place.kind == "cuda" and lanes_are_on.get() else OUTPUTS
 
 
 class _Product:
@@ -69,7 +78,7 @@ class _Product:
 
         c = growth(unit_roundoff("float32" if self.dtype == "float16" else self.dtype))
         if self.tf32:
-            c = growth(2**-11) if sharp else (1 + c) * (1 + 2**-10) ** 2 - 1
+            c = (1 + c) * (1 + 2 * TF32) ** 2 - 1  # cut off, or rounded, which is half of it
         c = (1 + c) * (1 + unit_roundoff("float16")) ** self.roundings - 1
         # the scale itself is a sum in float64: with this factor it is no less than the exact one
         c = (c + growth(self.wide_u)) * (1 + 2 * gamma(self.terms, 2**-53))
@@ -78,17 +87,22 @@ class _Product:
             return np.where(self.scale + bound < float(np.finfo(self.dtype).max), bound, math.inf)
 
 
-def _products(X: Host, W: Host, b: Host | None, dZ: Host | None, *, tf32: bool = False) -> dict[str, _Product]:
-    """The products that a linear layer computes, by the names of its outputs, for operands on the host."""
+def _products(
+    X: Host, W: Host, b: Host | None, dZ: Host | None, *, tf32: Collection[str] = ()
+) -> dict[str, _Product]:
+    """The products that a linear layer computes, by the names of its outputs, for operands on the host.
+
+    tf32: the outputs that are formed in TF32.
+    """
     (out_features, in_features), batch = W.shape, X.shape[:-1]
     X_rows = X.reshape(math.prod(batch), in_features)
-    products = {"Z": _Product((*batch, out_features), X_rows, W.T, b, tf32=tf32)}
+    products = {"Z": _Product((*batch, out_features), X_rows, W.T, b, tf32="Z" in tf32)}
     if dZ is not None:
         dZ_rows = dZ.reshape(math.prod(batch), out_features)
         ones = np.ones((1, len(dZ_rows)), dtype=dZ.dtype)
-        products["dX"] = _Product(X.shape, dZ_rows, W, tf32=tf32)
-        products["dW"] = _Product(W.shape, dZ_rows.T, X_rows, tf32=tf32)
-        products["db"] = _Product((1, out_features), ones, dZ_rows, tf32=tf32)
+        products["dX"] = _Product(X.shape, dZ_rows, W, tf32="dX" in tf32)
+        products["dW"] = _Product(W.shape, dZ_rows.T, X_rows, tf32="dW" in tf32)
+        products["db"] = _Product((1, out_features), ones, dZ_rows, tf32="db" in tf32)
     return products
 
 
@@ -123,13 +137,14 @@ def linear_error_bounds(
     """How far each element of a layer's outputs may be from the exact one; the dtype of `W` says in which precision.
 
     X, W, b, dZ: as in `linear_reference`. sharp: the sharp gate, for seeded random data, instead of the hard limit.
-    tf32: whether float32 products are formed in TF32. Returns `{"Z": ...}`, and with `dZ` also `"dX"`, `"dW"` and `"db"`:
-    NumPy float64 arrays of the outputs' shapes; `inf` where overflow is possible.
+    tf32: whether all float32 products are formed in TF32, that of `db` too. Returns `{"Z": ...}`, and with `dZ` also `"dX"`,
+    `"dW"` and `"db"`: NumPy float64 arrays of the outputs' shapes; `inf` where overflow is possible.
 
     >>> import numpy as np
     >>> X, W = np.ones((1, 3), dtype="float32"), np.ones((1, 3), dtype="float32")
     >>> round(linear_error_bounds(X, W)["Z"].item() / (3 * 3 * 2**-24), 4)      # n u times |X||W|^T
     1.0
     """
-    return {name: product.bound(sharp=sharp) for name, product in _host_products(X, W, b, dZ, tf32=tf32).items()}
+    products = _host_products(X, W, b, dZ, tf32=OUTPUTS if tf32 else ())
+    return {name: product.bound(sharp=sharp) for name, product in products.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..losses import MeanSquaredError
 from ..optimizers import SGD
 from ..scaling import LossScale
 from ..step import TrainingStep
-from .bounds import Host, _host, _in_tf32, linear_error_bounds, linear_reference, unit_roundoff
+from .bounds import Host, _host, _host_products, _in_tf32, linear_reference, unit_roundoff
 
 STEPS = 5
 """How many are taken; the last one is looked at. A step that is captured or compiled is so after two of them."""
@@ -77,18 +78,18 @@ def check_step(
     return StepAgreement(str(place), dtype, step.how, share, complaint)
 
 
-def _exact_step(X: Host, Y: Host, W: Host, b: Host, *, tf32: bool) -> dict[str, tuple[Host, Host]]:
+def _exact_step(X: Host, Y: Host, W: Host, b: Host, *, tf32: Collection[str]) -> dict[str, tuple[Host, Host]]:
     """`W` and `b` after the step, and how far each element may be from that."""
     u, tiny = unit_roundoff(W.dtype), float(np.finfo(W.dtype).smallest_normal) * 2
     Z = linear_reference(X, W, b)["Z"]
     D = Z - Y
-    D_error = linear_error_bounds(X, W, b, tf32=tf32)["Z"]
+    D_error = _host_products(X, W, b, None, tf32=tf32)["Z"].bound(sharp=False)
     D_error += u * (np.abs(D) + D_error)
     dZ = 2 * D / D.size
     dZ_error = 2 * D_error / D.size * (1 + 4 * u) + 4 * u * np.abs(dZ) + tiny
     # the largest that dZ can be, rounded up, so that the limit of its products holds for the dZ that there was
     most = ((np.abs(dZ) + dZ_error) * (1 + 4 * u)).astype(W.dtype)
-    limits = linear_error_bounds(X, W, b, most, tf32=tf32)
+    limits = {name: product.bound(sharp=False) for name, product in _host_products(X, W, b, most, tf32=tf32).items()}
     gradients = {"W": dZ.T @ X.astype(np.float64), "b": dZ.sum(axis=0, keepdims=True)}
     errors = {"W": dZ_error.T @ np.abs(X.astype(np.float64)), "b": dZ_error.sum(axis=0, keepdims=True)}
     found = {}

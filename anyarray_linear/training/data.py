@@ -95,7 +95,10 @@ class Data:
 
 def loss_dtype(device: Device, dtype: Any) -> Any:
     """In what the loss of a model of this dtype is computed: float32 for float16."""
-    return device.dtype("float32") if dtype_name(dtype) == "float16" else dtype
+    if dtype_name(dtype) != "float16":
+        return dtype
+    exact = device.dtype("float32")
+    return np.dtype(exact) if isinstance(exact, type) else exact  # NumPy's and CuPy's is a type, which has no name
 
 
 def is_float(x: Array) -> bool:

@@ -14,18 +14,21 @@ from ..arrays.numbers import whole
 from ..arrays.place import Array, computing_on, place_of
 from ..losses import Loss
 from ..metrics import class_scores, of_classes
-from ..protocol import Layer
+from ..protocol import Layer, outputs
 from .batches import Batches
 from .checking import check_loss, check_model, check_rows
 from .data import Data, is_float, memory_advice, model_place, row_taker, takes_ids
 
 
-def scores_of(model: Any, data: Data | Batches, loss: Any, batch_size: int) -> dict[str, float]:
-    """The mean loss, and the loss's own metrics; of a loss without any, for class ids, those of classes."""
+def scores_of(model: Any, data: Data | Batches, loss: Any, batch_size: int, step: Any = None) -> dict[str, float]:
+    """The mean loss, and the loss's own metrics; of a loss without any, for class ids, those of classes.
+
+    step: that of the training which is validated, if any.
+    """
     values, found, rows = [], [], []
     for X, y, weights in data.batches() if isinstance(data, Batches) else data.batches(None, batch_size):
         with data.device:
-            Z = model(X)
+            Z = place_of(X).run(outputs, model, X, len(data) if isinstance(data, Data) else X.shape[0], step)
             with computing_on(Z) as xp:
                 Z = wide(xp, Z)
             value, _ = loss.forward(Z, y) if weights is None else loss.forward(Z, y, weights)
@@ -107,6 +110,6 @@ def _predict(model: Any, data: Data, batch_size: int) -> Array:
     for i in range(0, len(data), batch_size):
         X = data.device.asarray(take(i, min(i + batch_size, len(data))), dtype=data.dtypes[0])
         with data.device:
-            parts.append(home.asarray(model(X)))
+            parts.append(home.asarray(place_of(X).run(outputs, model, X, len(data))))
     with computing_on(parts[0]) as xp:
         return parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)

@@ -105,6 +105,7 @@ class Run:
                 "skip_nonfinite": self.guard.allowed,
                 "loss": settings(self.loss),
                 "optimizer": repr(self.optimizer),
+                "loss_scale": repr(self.operation.loss_scale),
                 # machines differ in the last bits of a cosine
                 **{f"in step {i + 1} the learning rate": f"{self.optimizer.learning_rate(i):.9g}" for i in steps},
                 "model": re.sub(r"cuda:\d+", "cuda", shown(self.model)),
@@ -178,11 +179,12 @@ class Run:
                 yield rows, rows, partial(self.operation, X, y, weights)
 
     def scale(self) -> dict[str, Any] | None:
-        """The state of the loss scale, read from the device; `None` where there is none."""
-        return None if self.operation.loss_scale is None else self.operation.loss_scale.state_dict()
+        """The state of the loss scale, read from the device, and its constants; `None` where there is none."""
+        scale = self.operation.loss_scale
+        return None if scale is None else {**scale.state_dict(), "of": shown(scale)}
 
     def _gradients(
-        self, model: Any, loss: Any, X: Array, y: Array, weights: Array | None, scale: LossScale | None
+        self, model: Any, loss: Any, X: Array, y: Array, weights: Array | None, scale: LossScale | None = None
     ) -> tuple[Array, dict[str, Array]]:
         """Loss and gradients of a batch of which `X` and `y` are this rank's share, worked through part by part."""
         assert self.operation.rows is not None
@@ -201,7 +203,7 @@ class Run:
             "lr": self.optimizer.learning_rate(self.optimizer.steps - 1),
         }
         if self.held is not None:
-            scores = scores_of(self.model, self.held, self.loss, self.scored_rows())
+            scores = scores_of(self.model, self.held, self.loss, self.scored_rows(), self.operation)
             row.update({f"validation_{name}": score for name, score in scores.items()})
         if scale := self.scale():
             row["loss_scale"] = scale["scale"]
@@ -262,9 +264,9 @@ class Run:
         X, y, weights = next(self.data.batches(self.order(), self.batch_size, start, self.group))
         self.operation.rows, self._asked = min(self.batch_size, self.count - start), False
         scale = self.operation.loss_scale
-        if scale is not None:  # gradients that overflowed for good did so at the floor
-            scale = LossScale(scale.floor, floor=scale.floor)
-        value, gradients = self.operation.gradients(self.model, self.loss, X, y, weights, scale)
+        # gradients that overflowed for good did so at the floor
+        scaled = () if scale is None else (LossScale(scale.floor, floor=scale.floor),)
+        value, gradients = self.operation.gradients(self.model, self.loss, X, y, weights, *scaled)
         wrong = [name for name, g in gradients.items() if not np.isfinite(self.data.device.to_numpy(g)).all()]
         raise NonFiniteError(
             f"step {fatal} (epoch {self.epoch + 1}, batch {batch + 1} of {self.steps_per_epoch}) gave a loss of "
@@ -330,6 +332,8 @@ class Run:
                 raise ValueError(other.format(f"learning rate in step {last + 1}", rate, here, "schedule"))
         if self.operation.loss_scale is not None and (scale := state.get("loss_scale")):
             copy(self.operation.loss_scale).load_state_dict(scale)
+            if scale.get("of") != (mine := shown(self.operation.loss_scale)):
+                raise ValueError(other.format("loss_scale", scale.get("of"), mine, "loss_scale"))
         if not self._can_have(state):
             raise ValueError("its state is none that a training can have")
         if (bad := state["guard"]["bad"]) > self.guard.allowed:

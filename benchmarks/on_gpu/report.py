@@ -115,13 +115,23 @@ def _kernels(lines: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def folded(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a part to be kept: of its tests, how many ended how, and those that failed."""
+    tests = [line for line in lines if "test" in line]
+    if not tests or any("outcomes" in line for line in lines):
+        return lines
+    modules = {line["test"].partition("::")[0] for line in tests}
+    about = {"outcomes": Counter(line["outcome"] for line in tests), "in_modules": len(modules)}
+    return [about, *(line for line in lines if "test" not in line or line.get("wrong"))]
+
+
 def _tests(lines: list[dict[str, Any]]) -> list[str]:
-    outcomes = Counter(line["outcome"] for line in lines if "test" in line)
-    modules = {line["test"].partition("::")[0] for line in lines if "test" in line}
+    about = next((line for line in folded(lines) if "outcomes" in line), {"outcomes": {}, "in_modules": 0})
+    outcomes, modules = about["outcomes"], about["in_modules"]
     of_all = [f" of {line['modules']}, collected in {line['collecting']} s" for line in lines if "collected" in line]
     counts = ", ".join(f"{n} {what}" for what, n in outcomes.items())
     stopped = [line["stopped"] for line in lines if "stopped" in line]
-    return [f"{counts or 'no test ran'}, of {len(modules)} modules{''.join(of_all)}", *stopped]
+    return [f"{counts or 'no test ran'}, of {modules} modules{''.join(of_all)}", *stopped]
 
 
 def _verified(lines: list[dict[str, Any]]) -> list[str]:

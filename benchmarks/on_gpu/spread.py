@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from .answering import LEFT, SCRATCH, SECONDS, tell
+from .answering import LEFT, SCRATCH, SECONDS, append, tell
 
 _done = Path(SCRATCH) / "tests_done"  # one line for each test that has run
 _began = time.monotonic()
@@ -89,6 +89,5 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, Any]
         if report.failed:
             found["wrong"] = report.longreprtext[-1500:]
         tell(**found)
-        with _done.open("a") as done:
-            done.write(f"{report.nodeid}\n")
+        append(_done, report.nodeid)
     return report

@@ -32,7 +32,7 @@ def _trained(epochs: list[int], folder: Path, dtype: str) -> tuple[Any, float, f
 
 def main() -> None:
     """Tell how both ended."""
-    for dtype in ("float32", "float64"):
+    for dtype in ("float16", "float32", "float64"):
         epochs = 2 if IS_STAND_IN else 20
         with TemporaryDirectory() as one, TemporaryDirectory() as other:
             whole, seconds, accuracy = _trained([epochs], Path(one), dtype)

@@ -203,7 +203,7 @@ def test_it_trains_and_predicts_on_every_device_and_resumes_on_another(run: Call
 def options_for(path: Path, **changes: Any) -> Any:
     given = {
         "data": path, "target": None, "task": None, "features": None, "drop": None, "standardize": True, "test": 0.2, "validation": 0.1, "hidden": "8",
-        "activation": "tanh", "init": "xavier_normal", "early_stopping": None, "dtype": "float64", "device": "cpu", "epochs": 1, "batch_size": 32, "optimizer": "adam",
+        "activation": "tanh", "init": "xavier_normal", "early_stopping": None, "dtype": "float64", "device": "cpu", "tf32": False, "epochs": 1, "batch_size": 32, "optimizer": "adam",
         "lr": 1e-2, "schedule": "constant", "weight_decay": None, "clip_norm": None, "seed": 0,
     }  # fmt: skip
     return SimpleNamespace(**{**given, **changes})

@@ -21,6 +21,7 @@ from anyarray_linear import (
     AdamW,
     BinaryCrossEntropy,
     Linear,
+    LossScale,
     MeanSquaredError,
     ReLU,
     Sequential,
@@ -74,13 +75,13 @@ def bits(backend, model, optimizer):
 class Pair:
     """The same training twice: captured, and by the same lane eagerly."""
 
-    def __init__(self, backend, monkeypatch, lane, model, optimizer, loss=None, guarded=False):
+    def __init__(self, backend, monkeypatch, lane, model, optimizer, loss=None, guarded=False, scale=None):
         self.backend, self.monkeypatch, self.lane = backend, monkeypatch, lane
         self.steps = []
         for _ in range(2):
             own, loss_, rule = copy.deepcopy((model, loss or SoftmaxCrossEntropy(), optimizer))
             guard = Guard(backend.device, model.parameters()[next(iter(model.parameters()))].dtype, 2) if guarded else None
-            self.steps.append(TrainingStep(own, loss_, rule, guard=guard))
+            self.steps.append(TrainingStep(own, loss_, rule, guard=guard, loss_scale=copy.deepcopy(scale)))
 
     def __call__(self, X, y, how="captured"):
         mine, theirs = self.steps
@@ -96,6 +97,8 @@ class Pair:
         assert bits(self.backend, mine.model, mine.optimizer) == bits(self.backend, theirs.model, theirs.optimizer)
         if mine.guard is not None:
             assert mine.guard.read() == theirs.guard.read()
+        if mine.loss_scale is not None:
+            assert mine.loss_scale.read() == theirs.loss_scale.read()
         return value
 
     def warm(self, X, y):
@@ -130,13 +133,7 @@ OPTIMIZERS = {
 # what it does
 
 
-def test_float16_is_not_captured_yet_and_says_so(backend, pair):
-    steps = pair(a_model(backend, "float16"), Adam(1e-2), guarded=True)
-    for i in range(4):
-        steps(*a_batch(backend, dtype="float16", seed=i), "portable: float16 with masters is not captured yet")
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("guarded", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_leaves_the_bits_of_the_eager_steps(backend, pair, dtype, guarded, name):
@@ -148,17 +145,18 @@ def test_it_leaves_the_bits_of_the_eager_steps(backend, pair, dtype, guarded, na
 
 @pytest.mark.parametrize("activation", [ReLU, Tanh, Sigmoid, SiLU, lambda: GELU(approximate="tanh")])
 @pytest.mark.parametrize("loss", [SoftmaxCrossEntropy, MeanSquaredError, BinaryCrossEntropy])
-def test_every_layer_and_loss_that_it_takes(backend, pair, activation, loss):
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_every_layer_and_loss_that_it_takes(backend, pair, activation, loss, dtype):
     shared = Linear(20, 20, seed=5)
     layers = shared, activation(), Sequential(shared, Sequential(activation()), Linear(20, 7, seed=6)), activation(), Linear(7, 7, seed=7)
-    model = Sequential(*layers).to(backend.device, "float32")
+    model = Sequential(*layers).to(backend.device, dtype)
     steps = pair(model, loss=loss())
     for i in range(4):
-        X, y = a_batch(backend, seed=i)
+        X, y = a_batch(backend, seed=i, dtype=dtype)
         if loss is MeanSquaredError:
-            y = backend.asarray(random(24, 7, seed=i + 1))
+            y = backend.asarray(random(24, 7, seed=i + 1, dtype=dtype))
         elif loss is BinaryCrossEntropy:
-            y = backend.asarray(np.eye(7, dtype=np.float32)[backend.to_numpy(y)])
+            y = backend.asarray(np.eye(7, dtype=dtype)[backend.to_numpy(y)])
         steps(X, y, "portable" if i == 0 else "captured")
 
 
@@ -175,6 +173,31 @@ def test_ids_of_any_integers(backend, pair, ids):
     steps = pair()
     X, y = a_batch(backend)
     steps.warm(X, backend.asarray(backend.to_numpy(y).astype(ids)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_batch_from_the_midst_of_an_array_is_aligned_for_the_eager_step_as_it_is_in_the_graph(backend, pair, lane, monkeypatch, dtype):
+    seen = []
+    definition = lane.training_step
+
+    def watched(xp, step, X, y, weights):
+        seen.append(X.data.ptr % 16)
+        return definition(xp, step, X, y, weights)
+
+    monkeypatch.setattr(lane, "training_step", watched)
+    steps = pair(a_model(backend, dtype))
+    X, y = a_batch(backend, 25, dtype)
+    with backend.computing():
+        whole = cupy.zeros(25 * 20 + 1, dtype)
+        whole[1:] = X.reshape(-1)
+        X = whole[1:].reshape(25, 20)[:24]
+    assert X.data.ptr % 16
+    for i in range(4):
+        steps(X, y[:24], "portable" if i == 0 else "captured")
+    for step in steps.steps:
+        step.on_rows(X, y[:24], None, 3, 14)
+    assert seen == [0] * len(seen)
+    assert len(seen) >= 6
 
 
 @counted
@@ -221,6 +244,60 @@ def test_rows_are_taken_inside_the_graph(backend, lane, monkeypatch):
     assert steps[0].how == "captured"
     steps[1](X[3:27], y[3:27])
     assert bits(backend, steps[0].model, steps[0].optimizer) == bits(backend, steps[1].model, steps[1].optimizer)
+
+
+# the scale of a float16 model's loss
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+@pytest.mark.parametrize("optimizer", [SGD(0.1, momentum=0.9), AdamW(1e-2, clip_norm=0.5)], ids=["sgd", "adamw clipped"])
+def test_the_scale_falls_and_grows_inside_the_graph(backend, pair, optimizer, guarded):
+    steps = pair(a_model(backend, "float16"), optimizer, guarded=guarded, scale=LossScale(2.0**22, interval=2))
+    scales = []
+    for i in range(14):
+        steps(*a_batch(backend, dtype="float16", seed=i % 3), "portable" if i == 0 else "captured")
+        scales.append(steps.steps[0].loss_scale.read()[0])
+    changes = [after / before for before, after in zip([2.0**22, *scales], scales, strict=False)]
+    assert changes[:2] == [0.5, 0.5]  # one of them eagerly, one by the graph
+    assert changes.count(2.0) > 0
+    if guarded:  # an overflow is no bad step, and its loss counts
+        assert steps.steps[0].guard.read()[1:] == (14 * 24, 0, 0)
+
+
+@pytest.mark.parametrize("bad", ["the loss", "the floor"])
+def test_a_bad_step_at_the_floor_or_of_the_loss_is_the_guards(backend, pair, bad):
+    steps = pair(a_model(backend, "float16"), SGD(0.0), guarded=True, scale=LossScale(2.0**24, floor=2.0**22 if bad == "the floor" else 1.0))
+    X, y = a_batch(backend, dtype="float16")
+    for i in range(6):
+        if bad == "the loss" and i == 3:
+            with backend.computing():
+                X[0] = np.nan
+        steps(X, y, "portable" if i == 0 else "captured")
+    _, _, found, fatal = steps.steps[0].guard.read()
+    assert (found, fatal) == ((3, 6) if bad == "the loss" else (3, 5))
+
+
+SCALES = {
+    "growth": lambda s: setattr(s.loss_scale, "growth", 4.0),
+    "interval": lambda s: setattr(s.loss_scale, "interval", 1),
+    "backoff": lambda s: setattr(s.loss_scale, "backoff", 0.25),
+    "another": lambda s: setattr(s, "loss_scale", LossScale(2.0**24)),
+    "a state": lambda s: s.loss_scale.load_state_dict({"scale": 2.0**23, "good": 1}),
+    "a number": lambda s: setattr(s.loss_scale, "scale", 2.0**23),
+    "a master": lambda s: s.optimizer.moments()["0.W"].update(master=s.optimizer.moments()["0.W"]["master"] * 1.0001),
+    "a weight": lambda s: setattr(s.model[0], "W", s.model[0].W * 2),
+}
+
+
+@pytest.mark.parametrize("change", SCALES)
+def test_what_the_user_changes_of_a_scale_or_a_master_is_noticed(backend, pair, change):
+    steps = pair(a_model(backend, "float16"), scale=LossScale(2.0**20, interval=2))
+    steps.warm(*a_batch(backend, dtype="float16"))
+    with backend.computing():
+        steps.each(SCALES[change])
+    for i in range(5):
+        steps(*a_batch(backend, dtype="float16", seed=i % 2), "")
+    assert steps.steps[0].how == "captured"
 
 
 # what changes under it
@@ -286,6 +363,7 @@ def test_a_norm_that_changes_and_goes(backend, pair):
     assert steps.steps[0].how == "captured"
 
 
+@counted
 def test_lanes_off_is_noticed(backend, pair):
     X, y = a_batch(backend)
     step = pair().warm(X, y).steps[0]
@@ -588,21 +666,23 @@ def test_copies_capture_for_themselves(backend, pair):
 # inside `fit`
 
 
-def trained(backend, optimizer=None, X=None, model=None, **options):
-    model, optimizer = model or a_model(backend), optimizer or Adam(1e-2)
-    X_, y = a_batch(backend, 200)
+def trained(backend, optimizer=None, X=None, model=None, dtype="float32", **options):
+    model, optimizer = model or a_model(backend, dtype), optimizer or Adam(1e-2)
+    X_, y = a_batch(backend, 200, dtype)
     options = {"epochs": 3, "batch_size": 24, "progress": False, **options}
     history = fit(model, X_ if X is None else X, y, loss=SoftmaxCrossEntropy(), optimizer=optimizer, **options)
     return bits(backend, model, optimizer), history
 
 
-def test_fit_gives_the_same_captured_and_eagerly(backend, lane, monkeypatch):
-    captured, history = trained(backend)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_fit_gives_the_same_captured_and_eagerly(backend, lane, monkeypatch, dtype):
+    captured, history = trained(backend, dtype=dtype)
     monkeypatch.setattr(lane, "ON", False)
-    eager, expected = trained(backend)
+    eager, expected = trained(backend, dtype=dtype)
     assert captured == eager
     for row, other in zip(history.rows, expected.rows, strict=True):
         assert row["loss"] == other["loss"]
+        assert row.get("loss_scale") == other.get("loss_scale")
 
 
 @counted
@@ -670,12 +750,17 @@ def test_the_first_bad_step_is_named_and_undone(backend, lane, monkeypatch, allo
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_resume_is_to_the_bit_across_captured_and_eager(backend, lane, monkeypatch, tmp_path, first):
-    whole, _ = trained(backend, epochs=4)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_resume_is_to_the_bit_across_captured_and_eager(backend, lane, monkeypatch, tmp_path, first, dtype):
+    def some(epochs, **options):
+        options["loss_scale"] = LossScale(2.0**20, interval=5)  # which changes all the time
+        return trained(backend, epochs=epochs, dtype=dtype, **options)
+
+    whole, _ = some(4)
     monkeypatch.setattr(lane, "ON", first)
-    trained(backend, epochs=2, checkpoint=tmp_path)
+    some(2, checkpoint=tmp_path)
     monkeypatch.setattr(lane, "ON", not first)
-    resumed, _ = trained(backend, epochs=4, checkpoint=tmp_path, resume=True)
+    resumed, _ = some(4, checkpoint=tmp_path, resume=True)
     assert resumed == whole
 
 

@@ -16,6 +16,7 @@ from anyarray_linear import (
     Adam,
     AdamW,
     Linear,
+    LossScale,
     MeanSquaredError,
     ReLU,
     Sequential,
@@ -27,7 +28,9 @@ from anyarray_linear import (
     lanes,
     linear_backward,
     linear_forward,
+    select_device,
 )
+from anyarray_linear.arrays.tf32 import restored
 from anyarray_linear.guard import Guard
 from anyarray_linear.schedules import cosine
 
@@ -94,32 +97,12 @@ def test_the_layer_has_the_bits_of_the_portable_products(backend, dtype, shape):
 @dtypes
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("O", [1, 3])
-def test_many_equal_terms_add_up(backend, dtype, tf32, O, monkeypatch):
+def test_many_equal_terms_add_up(backend, dtype, tf32, O):
     """5,000 ones are 5,000, which a float16 sum never reaches: from 2,048 on, one more changes nothing."""
-    lane = pytest.importorskip("anyarray_linear.lanes.cupy.products")
-    monkeypatch.setattr(lane, "TF32", tf32)
     dZ, X, W = (backend.asarray(np.ones(s, dtype)) for s in ((5000, O), (5000, 2), (O, 2)))
-    assert (backend.to_numpy(linear_backward(dZ, X, W).db) == 5000).all()
-
-
-@on_cuda
-def test_with_tf32_factors_are_rounded_but_never_those_of_the_bias_gradient(backend, monkeypatch):
-    products = pytest.importorskip("anyarray_linear.lanes.cupy.products")
-    dZ, X, W = (backend.asarray(random(*s)) for s in ((50, 4), (50, 3), (4, 3)))
-    asked, handle = [], products._handle(backend.native.id)
-    monkeypatch.setattr(handle, "gemm", lambda *a, gemm=handle.gemm: asked.append(a[-2]) or gemm(*a))
-    full, in_tf32 = 68, 77  # CUBLAS_COMPUTE_32F and CUBLAS_COMPUTE_32F_FAST_TF32
-    for tf32, factors in ((False, full), (True, in_tf32)):
-        monkeypatch.setattr(products, "TF32", tf32)
-        asked.clear()
-        db = linear_backward(dZ, X, W).db
-        assert asked == [full, factors, factors]
-        host = backend.to_numpy(dZ).astype(np.float64)
-        close(backend, db, host.sum(axis=0, keepdims=True), 60 * UNIT["float32"] * np.abs(host).sum(axis=0))
-        monkeypatch.setattr(products, "TF32", tf32)
-        double = linear_backward(*(backend.asarray(random(*s), "float64") for s in ((5, 4), (5, 3), (4, 3))))
-        assert asked[3:] == [70, 70, 70]  # CUBLAS_COMPUTE_64F
-        assert double.db.dtype == np.float64
+    with restored():
+        select_device(backend.device, tf32=tf32)
+        assert (backend.to_numpy(linear_backward(dZ, X, W).db) == 5000).all()
 
 
 def laid_out(cupy, M, how):
@@ -727,6 +710,35 @@ def test_the_guard_keeps_the_books_of_the_portable_definition(backend, dtype, al
     with lanes.off():
         assert mine == judged()
     assert mine[1][3] == {0: 2, 1: 4, 2: 6}[allowed]
+
+
+@on_cuda
+@pytest.mark.parametrize("wide", [False, True], ids=["float16 gradients", "float32 gradients"])
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_a_scale_is_judged_as_the_portable_definition_does(backend, wide, with_loss):
+    dtype = "float32" if wide else "float16"
+
+    def judged():
+        scale, found = LossScale(2.0**3, growth=4.0, backoff=0.25, interval=3, floor=2.0), []
+        guard = Guard(backend.device, np.dtype("float32"), 2)
+        for i in range(1, 18):
+            value, gradients = np.float32(i), [random(4, 3, dtype=dtype), random(600, 70, dtype=dtype)]
+            if i in (2, 12, 13, 14):
+                gradients[i % 2][-1, -1] = math.inf
+            if i in (9, 16):
+                value = np.float32(math.nan)
+            loss = backend.asarray(value)
+            verdict = scale.judge(loss if with_loss else None, map(backend.asarray, gradients))
+            found.append([float(backend.to_numpy(x)) for x in verdict])
+            if with_loss:
+                found.append(bool(backend.to_numpy(guard.judge(i, loss, [], 7, verdict))))
+            found.append(scale.read())
+        return found, guard.read()
+
+    mine = judged()
+    with lanes.off():
+        assert mine == judged()
+    assert {state[0] for state in mine[0] if isinstance(state, tuple)} == {2.0, 8.0, 32.0, *([] if with_loss else [128.0])}
 
 
 def a_step(backend, optimizer, layers=None, dtype="float32", batch=64):

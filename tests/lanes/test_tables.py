@@ -22,6 +22,7 @@ from anyarray_linear import (
     TrainingStep,
     fit,
     lanes,
+    predict,
 )
 from anyarray_linear.arrays.place import place_of
 
@@ -115,5 +116,6 @@ def test_every_lane_is_taken_by_somebody(backend, monkeypatch):
         norm.gradients(*norm.forward(X))
         fit(model, X, y, loss=loss, optimizer=Adam(), epochs=2, batch_size=4, progress=False)
         TrainingStep(model, loss, Adam())(X, y)
+        predict(model, X)
     unused = {portable for _, table in tables(backend) for portable in table} - taken
     assert not unused, [portable.__name__ for portable in unused]

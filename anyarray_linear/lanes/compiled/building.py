@@ -51,14 +51,36 @@ def code_for(dtype: str) -> Code:
             raise Declined(f"compiling failed: {type(error).__name__}: {error}"[:200]) from error
 
 
+def is_at_hand(dtype: str) -> bool:
+    """Whether the compiled functions are loaded, or are kept on disk, so that they need not be compiled."""
+    if dtype in _loaded:
+        return True
+    if not _is_installed():
+        return False
+    import llvmlite.binding as llvm
+
+    return _path(llvm, dtype).exists()
+
+
+_loaded: set[str] = set()
+
+
+def _is_installed() -> bool:
+    return all(PathFinder.find_spec(name) for name in ("numba", "llvmlite"))
+
+
+def _path(llvm: Any, dtype: str) -> Path:
+    return _folder() / f"step-{dtype}-{_key(llvm)}.o"
+
+
 def _code_for(dtype: str) -> Code:
-    if not all(PathFinder.find_spec(name) for name in ("numba", "llvmlite")):
+    if not _is_installed():
         raise Declined('numba is not installed (pip install "anyarray_linear[fast]")')
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    path = _folder() / f"step-{dtype}-{_key(llvm)}.o"
+    path = _path(llvm, dtype)
     machine_code = _read(path)
     if machine_code is None:
         machine_code = _compiled(llvm, dtype)
@@ -67,6 +89,7 @@ def _code_for(dtype: str) -> Code:
     engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
     engine.finalize_object()
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))  # at its end, the process may still have threads in there
+    _loaded.add(dtype)
     return Code(engine.get_function_address("anyarray_run"), engine.get_function_address("anyarray_worker"), dtype)
 
 

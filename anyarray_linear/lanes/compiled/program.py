@@ -34,6 +34,7 @@ ROWS = 1 << 13
 """Elements of a loss's tile."""
 _ACTIVATIONS = {ReLU: at.RELU, Tanh: at.TANH, Sigmoid: at.SIGMOID, SiLU: at.SILU}
 _LOSSES = {SoftmaxCrossEntropy: at.IDS, MeanSquaredError: at.SQUARED, BinaryCrossEntropy: at.BINARY}
+_SETTINGS = "eps", "rate", "approximate"
 _KEEPS_OUTPUT = at.NONE, at.RELU, at.TANH, at.SIGMOID
 
 
@@ -49,6 +50,11 @@ def containers_of(model: Any) -> list[tuple[Sequential, Any]]:
     if type(model) is not Sequential:
         return []
     return [(model, model.layers), *(found for layer in model.layers for found in containers_of(layer))]
+
+
+def settings_of(layers: Sequence[Any]) -> list[tuple[Any, str, Any]]:
+    """The numbers of layers that are compiled in, each with its layer and attribute."""
+    return [(layer, name, getattr(layer, name)) for layer in layers for name in _SETTINGS if hasattr(layer, name)]
 
 
 def kind_of(layer: Any) -> int | None:

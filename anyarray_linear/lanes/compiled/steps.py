@@ -17,7 +17,7 @@ from ...optimizers import Rule
 from ...step import TrainingStep, loss_and_gradients, training_step, training_step_on_rows
 from . import layout as at
 from .building import Declined
-from .program import Host, Program, Stage, containers_of, layers_of, loss_kind, rule_of, stages_of, width_of
+from .program import Host, Program, Stage, containers_of, layers_of, loss_kind, rule_of, settings_of, stages_of, width_of
 from .running import Runner, put_rule
 
 PATIENCE = 100
@@ -26,9 +26,6 @@ that a training that goes on from a file has the bits of one that never stopped.
 _LARGE = 20_000
 _KEPT = 4
 """Programs kept, for as many batch sizes and kinds of target."""
-
-SETTINGS = "eps", "rate", "approximate"
-"""Numbers of a layer that are compiled in."""
 
 _WORDS = (1 << 64) - 1
 _INT64 = np.dtype(np.int64)
@@ -84,9 +81,7 @@ class Plan:
         self.watched = [
             (layer, layer.W, layer.b, getattr(layer, "trainable", True)) for layer in self.layers if layer.parameters()
         ]
-        self.settings = [
-            (layer, name, getattr(layer, name)) for layer in self.layers for name in SETTINGS if hasattr(layer, name)
-        ]
+        self.settings = settings_of(self.layers)
         self.containers = containers_of(step.model)
 
     def is_as_left(self, step: TrainingStep) -> bool:

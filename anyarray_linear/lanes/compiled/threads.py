@@ -26,7 +26,12 @@ class Pool:
     """Up to so many threads beside the caller's, for the code of one dtype."""
 
     def __init__(self, code: Code) -> None:
-        self.code, self.count = code, 0
+        self.code = code
+        self.begin()
+
+    def begin(self) -> None:
+        """There is no thread yet: at first, and in the child of a fork, where there is none any more."""
+        self.count = 0
         self.lock = threading.Lock()
         """Held by the thread whose step the pool works on."""
         self.memory = np.zeros(at.POOL + 8, np.int64)
@@ -94,7 +99,8 @@ def pool_for(code: Code) -> Pool:
 
 def _forget() -> None:
     global _making
-    _pools.clear()  # threads do not survive a fork
+    for pool in _pools.values():
+        pool.begin()
     _making = threading.Lock()
 
 

@@ -51,6 +51,10 @@ class UpdateTable(Table):
         self.runner.run(self)
 
 
+def _fit(gradients: Mapping[str, Array]) -> bool:
+    return all(type(dW) is np.ndarray and dW.flags.c_contiguous for dW in gradients.values())
+
+
 def compiled_update(
     xp: Namespace,
     optimizer: Any,
@@ -61,9 +65,8 @@ def compiled_update(
     scale: Array | None = None,
 ) -> None:
     """`apply_update`, compiled, for a large model."""
-    size = sum(W.size for W in bound.parameters)
-    fits = all(type(dW) is np.ndarray and dW.flags.c_contiguous for dW in gradients.values())
-    if size < LARGE or optimizer.steps < AFTER or not fits or scale is not None:
+    size = sum(W.size for W in bound.parameters) if bound.flat is None else bound.flat.W.size
+    if size < LARGE or optimizer.steps < AFTER or scale is not None or not _fit(gradients):
         _otherwise(xp, optimizer, bound, gradients, by, where, scale)
         return
     flat = flat_of(xp, bound)

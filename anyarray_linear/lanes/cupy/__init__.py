@@ -8,11 +8,12 @@ the arrays. They hold no memory between calls, so any number of threads and stre
 
 from ...activations import activation, activation_gradient
 from ...dropout import dropped, dropped_gradient
-from ...guard import judged
+from ...guard import booked, judged
 from ...linear import affine, affine_gradients, input_gradient
 from ...losses import cross_entropy, cross_entropy_gradient, squared_error, squared_error_gradient
 from ...normalization import normalized, normalized_gradients, normalized_input_gradient
 from ...optimizers import apply_update
+from ...scaling import scale_judged
 from ...step import training_step, training_step_on_rows
 from . import activations, captured, dropout, guard, losses, normalization, products, update
 
@@ -33,6 +34,8 @@ OPERATIONS = {
     squared_error_gradient: losses.squared_error_gradient,
     apply_update: update.apply,
     judged: guard.judged,
+    booked: guard.booked,
+    scale_judged: guard.scale_judged,
     training_step: captured.step,
     training_step_on_rows: captured.step_on_rows,
 }

@@ -24,11 +24,13 @@ import numpy as np
 
 from ...activations import GELU, ReLU, Sigmoid, SiLU, Tanh
 from ...arrays.place import Array, Namespace, place_of
+from ...arrays.tf32 import in_tf32
 from ...binary import BinaryCrossEntropy
 from ...binding import Binding, flat_of
 from ...guard import Guard
 from ...linear import Linear
 from ...losses import MeanSquaredError, SoftmaxCrossEntropy
+from ...scaling import LossScale
 from ...sequential import Sequential
 from ...step import TrainingStep, loss_and_gradients, training_step
 from . import proof
@@ -67,15 +69,19 @@ class Captured:
         flat = recording.flat
         self.recording, self.flat, self.graph, self.rows = recording, flat, recording.graph, batch.rows
         self.dtype, self.device = flat.W.dtype, flat.W.data.device_id
+        self.in_tf32 = _is_in_tf32(flat.W)
         self.X_like = batch.X.dtype, batch.X.shape[1:]
         self.y_like = batch.y.dtype, batch.y.shape[1:]
         self.model, self.loss, self.optimizer, self.guard = step.model, step.loss, step.optimizer, step.guard
+        self.loss_scale = step.loss_scale
+        self.loss_dtype = self.dtype if step.loss_scale is None else np.dtype(np.float32)
         self.bound = step.optimizer.bound
         self.clips, self.moment_names = step.optimizer.clip_norm is not None, step.optimizer.moment_names
         self.watched = _watched(step)
         assert self.bound is not None
         self.views = [(layer, p, flat.views[name]) for name, (layer, p) in self.bound.slots.items()]
         self._watch_moments(self.bound)
+        self.how = _how("captured", flat.W)
         self.stream: Any = None
         self.event = cupy.cuda.Event(disable_timing=True)
 
@@ -97,7 +103,9 @@ class Captured:
         optimizer = self.optimizer
         if (
             step.model is not self.model or step.loss is not self.loss or step.optimizer is not optimizer
-            or step.guard is not self.guard or step.gradients is not loss_and_gradients
+            or step.guard is not self.guard or step.loss_scale is not self.loss_scale
+            or step.gradients is not loss_and_gradients
+            or _is_in_tf32(self.flat.W) is not self.in_tf32
             or (optimizer.clip_norm is not None) is not self.clips or optimizer.moment_names != self.moment_names
         ):  # fmt: skip
             return False
@@ -124,7 +132,7 @@ class Captured:
 
     def _watch_moments(self, bound: Binding) -> None:
         self.moments = list(bound.moments.items())
-        self.moment_slots = [(own, m) for own in bound.moments.values() for m in self.moment_names]
+        self.moment_slots = [(own, m) for own in bound.moments.values() for m in bound.kept]
         self.moment_arrays = [own[m] for own, m in self.moment_slots]
 
     def _is_untouched(self, bound: Binding) -> bool:
@@ -143,14 +151,16 @@ class Captured:
         values = numbers(optimizer, optimizer.scalars(optimizer.learning_rate(), optimizer.steps + 1))
         if self.recording.books is not None and self.guard is not None:
             self.recording.books.adopt(self.guard)
+        if self.recording.scaling is not None and self.loss_scale is not None:
+            self.recording.scaling.adopt(self.loss_scale)
         stream = cupy.cuda.get_current_stream()
         if stream != self.stream:
             self._go_to(stream)
-        loss = cupy.ndarray((), self.dtype)
+        loss = cupy.ndarray((), self.loss_dtype)
         self.recording.put(step, values, batch.X, batch.y, batch.order, batch.start, loss)
         self.graph.launch(stream)
         optimizer.steps += 1
-        step.how = "captured"
+        step.how = self.how
         return loss
 
     def _go_to(self, stream: Any) -> None:
@@ -159,6 +169,16 @@ class Captured:
             self.event.record(self.stream)
             stream.wait_event(self.event)
         self.stream = stream
+
+
+def _is_in_tf32(x: Array) -> bool:
+    """Whether the factors of products of such arrays are rounded to 11 bits."""
+    return x.dtype.char == "f" and in_tf32(x.data.device_id)
+
+
+def _how(way: str, x: Array) -> str:
+    """`TrainingStep.how`, for a step with such arrays."""
+    return f"{way}; products in TF32" if _is_in_tf32(x) else way
 
 
 def _is_order(order: Array, device: int) -> bool:
@@ -171,6 +191,9 @@ def _is_order(order: Array, device: int) -> bool:
 def _watched(step: TrainingStep) -> list[tuple[dict[str, Any], str, Any]]:
     """Whatever a graph has in it of layers and loss besides trained arrays: where it is kept, and what it is."""
     found = [(vars(step.loss), name, value) for name, value in vars(step.loss).items()]
+    if step.loss_scale is not None:
+        own = vars(step.loss_scale)
+        found += [(own, name, own[name]) for name in ("growth", "backoff", "interval", "floor")]
     for layer in _every(step.model):
         own, names = vars(layer), ["trainable"]
         if type(layer) is Sequential:
@@ -214,8 +237,8 @@ def why_not(step: TrainingStep, batch: _Batch, weights: Array | None) -> str | N
     place = step.place
     if place.dtype.char not in TYPES:
         return f"the model is {place.dtype_name}"
-    if step.loss_scale is not None:
-        return "float16 with masters is not captured yet"
+    if step.loss_scale is not None and type(step.loss_scale) is not LossScale:
+        return "the scale of the loss is one that graphs do not know"
     if type(y) is not cupy.ndarray or place_of(X) is not place or y.data.device_id != X.data.device_id:
         return "the batch is not where the model is, or in another dtype"
     if not X.ndim or not y.ndim or not batch.rows or 0 in X.shape or 0 in y.shape:
@@ -256,7 +279,7 @@ def _taken(step: TrainingStep, batch: _Batch, weights: Array | None, eagerly: Ca
             else "a first step with batches of this shape; after another one it is captured"
         )  # fmt: skip
     value = eagerly()
-    step.how = f"portable: {why}"
+    step.how = _how(f"portable: {why}", batch.X)
     return value
 
 
@@ -268,10 +291,10 @@ def _first(step: TrainingStep, batch: _Batch, eagerly: Callable[[], Array]) -> A
     value, recording, why = proof.both_ways(step, batch, eagerly)
     if recording is not None:
         kept["captured"] = Captured(recording, step, batch)
-        step.how = "captured"
+        step.how = kept["captured"].how
         return value
     kept["failed"] = why
-    step.how = f"portable: {why}"
+    step.how = _how(f"portable: {why}", batch.X)
     warnings.warn(f"training steps are not captured as CUDA graphs: {why}", RuntimeWarning, stacklevel=6)
     return value
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,10 +20,8 @@ import numpy as np
 from cupy_backends.cuda.libs import cublas
 
 from ...arrays.place import Array, Namespace
+from ...arrays.tf32 import in_tf32
 from .activations import add_bias
-
-TF32 = os.environ.get("CUPY_TF32", "0") not in ("", "0")
-"""Whether the factors of float32 products are rounded to 11 bits, as CuPy is told. CuPy, too, looks only once."""
 
 _BEST_ALGORITHM = -1
 _FLOAT32, _FLOAT64, _IN_TF32 = 68, 70, 77  # cublasComputeType_t
@@ -139,8 +136,6 @@ def gemm(A: Array, B: Array, *, A_T: bool = False, B_T: bool = False, exact: boo
     if not (m and n and k) or max(m, n, k) > _LARGEST or dtype.char not in _KINDS:
         return cupy.zeros((m, n), dtype) if not k else (A.T if A_T else A) @ (B.T if B_T else B)
     kind, sums, alpha, beta, size = _KINDS[dtype.char]
-    if TF32 and size == 4 and not exact:
-        sums = _IN_TF32
     if A.flags.c_contiguous:
         A_step = A.shape[1]
     else:
@@ -153,7 +148,10 @@ def gemm(A: Array, B: Array, *, A_T: bool = False, B_T: bool = False, exact: boo
         B_T ^= is_transposed
     C = cupy.ndarray((m, n), dtype)
     memory = C.data
-    handle = _handle(memory.device_id)
+    device = memory.device_id
+    if size == 4 and not exact and in_tf32(device):
+        sums = _IN_TF32
+    handle = _handle(device)
     # cuBLAS counts along columns, so what it is asked for is C^T = B^T A^T
     handle.gemm(
         handle.ptr, B_T, A_T, n, m, k, alpha, B.data.ptr, kind, B_step,

@@ -39,6 +39,7 @@ def raw() -> Iterator[tuple[str, str, Any]]:
         yield "squares", dtype, kernel("squares", update._SQUARES, dtype)
         yield "look", dtype, kernel("look", guard._LOOK, dtype)
         yield "judge", dtype, kernel("judge", guard._JUDGE, dtype)
+        yield "judge of a scale", dtype, kernel("judge_scale", guard._SCALE, dtype)
         yield "stage", dtype, kernel("stage", recording._STAGE, dtype)
         yield "deliver", dtype, kernel("deliver", recording._DELIVER, dtype)
     for size in recording._ELEMENTS:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...arrays.place import Array
 from ...step import TrainingStep, loss_and_gradients
-from .guard import books_of, judge
+from .guard import books_of, judge, scaling_of
 from .recording import Recording
 from .rounding import gradient_errors
 from .update import numbers, update
@@ -47,20 +47,24 @@ def both_ways(step: TrainingStep, batch: Batch, eagerly: Callable[[], Array]) ->
     flat = optimizer.bound.flat
     books = None if guard is None else books_of(guard)
     values = numbers(optimizer, optimizer.scalars(optimizer.learning_rate(), optimizer.steps + 1))
-    live = [flat.W, *flat.moments, *([] if books is None else [books.memory])]
+    scaling = None if step.loss_scale is None else scaling_of(step.loss_scale)
+    live = [flat.W, *flat.moments, *([] if flat.master is None else [flat.master])]
+    live += [kept.memory for kept in (books, scaling) if kept is not None]
     before = [x.get() for x in live]
     value = eagerly()
     if optimizer.bound.flat is not flat:
         return value, None, "the optimizer's buffers were made anew in a step"
     if books is not None and guard is not None:
         books.adopt(guard)
+    if scaling is not None and step.loss_scale is not None:
+        scaling.adopt(step.loss_scale)
     after = [x.get() for x in live]  # which waits: from here on nothing is under way
     step.whole = False
     good = False
     try:
-        recording = Recording(flat, books, batch.X, batch.y, batch.rows)
+        recording = Recording(flat, books, scaling, batch.X, batch.y, batch.rows)
         with recording.stream, cupy.cuda.using_allocator(recording.pool.malloc):
-            loss = cupy.zeros((), flat.W.dtype)
+            loss = cupy.zeros((), value.dtype)
         with recording.stream:
             _put(live, before)
             recording.put(step, values, batch.X, batch.y, batch.order, batch.start, loss)
@@ -99,6 +103,8 @@ def _difference(
     live: list[Array], before: list[Host], replayed: list[Host],
 ) -> str:  # fmt: skip
     """What of a replay differs from the eager step by more than rounding, if anything; leaves what the replay did."""
+    if recording.scaling is not None:
+        return "the float16 step has other bits in a graph than eagerly, and how far apart the two may be is not worked out"
     flat, books, (loss, gradients) = recording.flat, recording.books, left
     computed = {name: dW.get() for name, dW in gradients.items()}
     in_order = [gradients[name] for name in flat.views]
@@ -111,7 +117,7 @@ def _difference(
         return "the update of the graph's first replay is not that of the eager step"
     _put(live, before)
     eager_loss, eager = loss_and_gradients(step.model, step.loss, recording.X, recording.y, None)
-    errors = gradient_errors(step.model, step.loss, recording.X.get(), recording.y.get())
+    errors = gradient_errors(step.model, step.loss, recording.X.get(), recording.y.get(), flat.W.data.device_id)
     pairs = [("the loss", loss.get(), eager_loss.get(), errors.pop(""))]
     pairs += [(f"the gradient of {name}", computed[name], dW.get(), errors[name]) for name, dW in eager.items()]
     _put(live, replayed)

@@ -26,7 +26,7 @@ from ...linear import Linear
 from ...sequential import Sequential
 from ...step import TrainingStep
 from .activations import add_bias, is_known, needs_sum
-from .guard import Books, judge
+from .guard import Books, Scaling, enter, judge, judge_scale
 from .kernels import THREADS, TYPES, blocks, by_value, kernel
 from .products import capturable, gemm, workspace
 from .update import NUMBERS, update
@@ -100,11 +100,12 @@ def forward(model: Any, X: Array) -> tuple[Array, Any]:
 class Recording:
     """The graph of one training step for batches of one shape, with all that it works in.
 
-    flat: the optimizer's buffers. books: those of the guard, or `None`. X and y are like those that batches come from.
+    flat: the optimizer's buffers. books: those of the guard, or `None`. scaling: that of a float16 model's loss, or `None`.
+    X and y are like those that batches come from.
     """
 
-    def __init__(self, flat: Flat, books: Books | None, X: Array, y: Array, rows: int) -> None:
-        self.flat, self.books, self.rows = flat, books, rows
+    def __init__(self, flat: Flat, books: Books | None, scaling: Scaling | None, X: Array, y: Array, rows: int) -> None:
+        self.flat, self.books, self.scaling, self.rows = flat, books, scaling, rows
         self.dtype = flat.W.dtype
         self.pool = cupy.cuda.MemoryPool()
         self.stream = cupy.cuda.Stream(non_blocking=True)
@@ -136,14 +137,23 @@ class Recording:
         _take(self.state, self.X, False)
         _take(self.state, self.y, True)
         Z, caches = forward(step.model, self.X)
-        value, cache = step.loss.forward(Z, self.y)
-        _, gradients = step.model.gradients(step.loss.backward(cache), caches, needs_dX=False)
+        if step.loss_scale is None:
+            value, cache = step.loss.forward(Z, self.y)
+            dZ = step.loss.backward(cache)
+        else:
+            value, dZ = step.loss_scale.scaled(step.loss, Z, self.y)
+        _, gradients = step.model.gradients(dZ, caches, needs_dX=False)
         in_order = [gradients[name] for name in self.flat.views]
-        where = None
-        if self.books is not None:
+        where = scale = verdict = None
+        if self.scaling is not None and step.loss_scale is not None:
+            verdict = judge_scale(self.scaling, step.loss_scale, value, in_order)
+            where, scale = verdict.apply, verdict.scale
+            if self.books is not None:
+                where = enter(self.books, value, verdict, 0, 0, 0, there + _JUDGED_AT)
+        elif self.books is not None:
             where = judge(self.books, [value, *in_order], 0, 0, 0, there + _JUDGED_AT)
-        update(self.flat, step.optimizer, in_order, (0.0,) * NUMBERS, where, there)
-        kernel("deliver", _DELIVER, self.dtype.char)((1,), (32,), (self.state, value))
+        update(self.flat, step.optimizer, in_order, (0.0,) * NUMBERS, where, there, scale)
+        kernel("deliver", _DELIVER, value.dtype.char)((1,), (32,), (self.state, value))
         return value, gradients
 
     def record(self, step: TrainingStep) -> tuple[Array, dict[str, Array]]:

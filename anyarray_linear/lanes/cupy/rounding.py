@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from ...activations import ReLU
+from ...arrays.tf32 import in_tf32
 from ...linear import Linear
 from ...losses import MeanSquaredError, SoftmaxCrossEntropy
 from ...protocol import join, leaves
 from ...sequential import Sequential
-from .products import TF32
 
 Host = np.ndarray[Any, Any]
 
@@ -30,11 +30,14 @@ def _flat(model: Any) -> list[Any]:
     return [leaf for layer in model.layers for leaf in _flat(layer)] if type(model) is Sequential else [model]
 
 
-def gradient_errors(model: Any, loss: Any, X: Host, y: Host) -> dict[str, Host]:
-    """The largest error of each gradient, by its parameter's name, and of the loss by the name `""`."""
+def gradient_errors(model: Any, loss: Any, X: Host, y: Host, device: int) -> dict[str, Host]:
+    """The largest error of each gradient, by its parameter's name, and of the loss by the name `""`.
+
+    device: the CUDA device that computes them, which may round factors to TF32.
+    """
     kind = X.dtype.char
     u, sums_in = _UNITS[kind], _UNITS["f" if kind == "e" else kind]
-    factors = 2.0**-11 if TF32 and kind == "f" else 0.0
+    factors = 2.0**-10 if kind == "f" and in_tf32(device) else 0.0
 
     def gamma(n: int) -> float:
         """Roundings of a sum of `n` products, and one of its result."""
