@@ -33,11 +33,10 @@ def clipped(gradients: Mapping[str, Array], clip_norm: float) -> dict[str, Array
             down = 1.0
         else:  # all of what follows with the gradients as small as that
             exact = [dW * down for dW in exact]
-            gradients = dict(zip(gradients, exact, strict=True))
         norm = xp.sqrt(sum(xp.sum(dW * dW) for dW in exact))
         scale = xp.minimum(clip_norm / (norm + 1e-6 * down), 1.0 / down)
         return {name: xp.astype(dW * xp.astype(scale, dW.dtype, copy=False), first.dtype, copy=False)
-                for name, dW in gradients.items()}  # fmt: skip
+                for name, dW in zip(gradients, exact, strict=True)}  # fmt: skip
 
 
 def _down(xp: Namespace, gradients: list[Array]) -> Array | None:

@@ -162,9 +162,16 @@ def test_a_layer_of_tiny_numbers_raises_nothing(around):
 
 
 def test_what_really_overflows_is_raised_still():
-    layer = Linear.from_arrays(np.full((2, 2), 1e30, "float32"))
-    with np.errstate(all="raise"), pytest.raises(FloatingPointError, match="overflow"):
-        layer(np.full((2, 2), 1e30, "float32"))
+    large = np.full((2, 2), 1e30, "float32")
+    layer = Linear.from_arrays(large)
+    try:
+        with np.errstate(all="raise"):
+            np.dot(large, large)
+    except FloatingPointError:
+        with np.errstate(all="raise"), pytest.raises(FloatingPointError, match="overflow"):
+            layer(large)
+    else:
+        pytest.skip("np.dot of this NumPy does not tell of what it overflows")
 
 
 def test_a_training_under_raise_is_the_one_without():

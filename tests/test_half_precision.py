@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
@@ -454,6 +455,18 @@ def test_memory_is_half_of_float32s_plus_masters(backend):
     (weights, gradients, activations, moments), wide = sizes("float16"), sizes("float32")
     assert [2 * weights, 2 * gradients, 2 * activations] == wide[:3]
     assert moments == wide[3] + wide[0]  # the masters
+
+
+@half
+@pytest.mark.parametrize("switch", [lanes.off, contextlib.nullcontext])
+def test_it_is_the_unscaled_gradients_that_are_clipped_in_float32(backend, switch):
+    layer = Linear.from_arrays(backend.asarray([[0.0, 0.0]], "float16"))
+    dW, scale = backend.asarray([[3 * 2.0**12, 4 * 2.0**12]], "float16"), backend.asarray(2.0**12, "float32")
+    optimizer = SGD(1.0, clip_norm=1.0)
+    with switch():
+        optimizer.step(layer, {"W": dW}, scale=scale)  # their norm is 5, and 20,480 before, whose square float16 has not
+    off = masters(backend, optimizer)["W"] + np.asarray([[3.0, 4.0]]) / (5 + 1e-6)
+    assert np.abs(off).max() <= 8 * 2.0**-24
 
 
 # ----------------------------------------------------------------------------------------------------------------------

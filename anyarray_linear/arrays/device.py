@@ -195,6 +195,8 @@ class Device:
         known = (*FLOAT_DTYPES, "float16") if self.kind in ("cuda", "torch") else FLOAT_DTYPES
         if name not in known:
             why = " (float16 is for CuPy and torch, which accumulate it in float32)" if name == "float16" else ""
+            if name == "bfloat16" and "float16" in known:
+                why = "; tensor cores take float16, too, and float32 with select_device(..., tf32=True)"
             raise TypeError(f"dtype is {name}, but layers on {self} compute in {' or '.join(known)}{why}")
         return dtypes.named(self, name)
 

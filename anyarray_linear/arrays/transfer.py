@@ -90,7 +90,8 @@ def over_the_host(x: Array, here: Device, there: Device, dtype: Any) -> Array:
         name = "int32"
     wanted = dtypes.named(there, name)
     # cast here if that leaves fewer bytes to transfer, else there; in the machine's byte order in any case
-    host = host.astype(name if np.dtype(name).itemsize < host.itemsize else host.dtype.newbyteorder("="), copy=False)
+    is_smaller = name != "bfloat16" and np.dtype(name).itemsize < host.itemsize
+    host = host.astype(name if is_smaller else host.dtype.newbyteorder("="), copy=False)
     with there:
         return {"torch": _into_torch, "jax": _into_jax}.get(there.kind, _into)(host, there, wanted)
 
@@ -119,7 +120,9 @@ def to_host(x: Array, here: Device) -> np.ndarray[Any, Any]:
         with here:
             return np.asarray(x.get())
     if here.kind == "torch":
-        return np.asarray(x.detach().cpu().numpy())
+        x = x.detach().cpu()
+        # NumPy has no bfloat16, and float32 has all of its values
+        return np.asarray((x.float() if dtypes.name_of(x.dtype) == "bfloat16" else x).numpy())
     if here.kind == "array_api_strict":
         x = x.to_device(here.xp.Device("CPU_DEVICE"))
     return np.asarray(x)

@@ -47,6 +47,8 @@ def restored(options: Any, given: set[str]) -> list[str]:
         raise bad("epochs", f"it is {now['epochs']}, but the run in {options.out} has {done} epochs already; "
                             f"for {MORE} more give --epochs {done + MORE}")  # fmt: skip
     stored |= {name: now[name] for name in given & now.keys()}
+    if any("\0" in str(value) for value in stored.values()):  # which nobody can have typed, and no file system takes
+        raise ValueError(f"{path} is damaged (it has a text with a NUL); start anew with --overwrite")
     arguments = []
     for name, value in stored.items():
         flag = name.replace("_", "-")

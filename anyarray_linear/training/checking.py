@@ -26,7 +26,11 @@ def check_rows(X: Array, y: Array | None, names: tuple[str, str] = ("X", "y")) -
             continue
         check_array(name, x)
         _check_there(name, x)
-        if not namespace(x).isdtype(x.dtype, ("bool", "integral", "real floating")):
+        xp = namespace(x)
+        if dtype_name(x.dtype) == "bfloat16" and not hasattr(xp, "bfloat16"):  # of ml_dtypes, which isdtype does not know
+            cure = f"cast it with {name}.astype(xp.float32)"
+            raise TypeError(f"{name} is bfloat16, which is no dtype of {xp.__name__}; {cure}")
+        if not xp.isdtype(x.dtype, ("bool", "integral", "real floating")):
             raise TypeError(f"{name} is {dtype_name(x.dtype)}; give real numbers, or for y class ids, as integers")
     if X.ndim == 0:
         raise ValueError(f"{names[0]} is a single number; its first axis must be the samples")

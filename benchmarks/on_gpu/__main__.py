@@ -195,9 +195,9 @@ def _steps(run: Run) -> Iterator[tuple[list[str], dict[str, str]]]:
         if run.is_stand_in and precision == "TF32":
             continue  # it has none
         for name in contestants:
-            variables = {"CUPY_TF32": "1"} if precision == "TF32" else {}
-            if name == "lanes_off":
-                variables["ANYARRAY_LANES"] = "0"
+            variables = {}
+            if name == "lanes_off":  # whose products are CuPy's own
+                variables = {"ANYARRAY_LANES": "0", "CUPY_TF32": str(int(precision == "TF32"))}
             variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
             yield _python("benchmarks.on_gpu.steps", name, precision), variables
 

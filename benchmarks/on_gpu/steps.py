@@ -92,10 +92,17 @@ class JaxOf(Jax):
         jax.config.update("jax_default_matmul_precision", "tensorfloat32" if precision == "TF32" else "highest")
 
 
+def _device(precision: str) -> str:
+    """The card, asked for TF32 by this library's argument or for float32."""
+    from anyarray_linear import select_device
+
+    return str(select_device("cuda:0", tf32=precision == "TF32"))
+
+
 MAKERS: dict[str, Callable[[str], Any]] = {
-    "step": lambda precision: Ours("cuda:0"),
-    "hand": lambda precision: ByHand("cuda:0"),
-    "lanes_off": lambda precision: ByHand("cuda:0"),  # with ANYARRAY_LANES=0
+    "step": lambda precision: Ours(_device(precision)),
+    "hand": lambda precision: ByHand(_device(precision)),
+    "lanes_off": lambda precision: ByHand("cuda:0"),  # with ANYARRAY_LANES=0, and CUPY_TF32=1 for TF32
     "torch": TorchOf,
     "torch_graph": TorchGraph,
     "jax": JaxOf,

@@ -28,6 +28,7 @@ from anyarray_linear import (
     MeanSquaredError,
     ReLU,
     Sequential,
+    Tanh,
     TrainingStep,
     lanes,
     linear_backward,
@@ -36,6 +37,7 @@ from anyarray_linear import (
 )
 from anyarray_linear.arrays import cards, tf32
 from anyarray_linear.cli import devices, train, verify
+from anyarray_linear.step import loss_and_gradients
 from anyarray_linear.testing import adjoint_check, assert_equivalent, check_step, compare, linear_error_bounds
 
 on_cuda = pytest.mark.parametrize("backend", ["cupy:0", "cupy:1"], indirect=True)
@@ -249,6 +251,22 @@ def test_the_bounds_are_those_of_factors_of_11_bits_where_it_is_on_and_only_ther
     assert check_step(device).complaint
     rounding[0] = False
     assert not any(agreement.complaint for agreement in compare(layer, X, dZ, device, sharp=True))
+
+
+@on_cuda
+def test_what_a_graph_is_held_to_allows_factors_of_11_bits_where_it_is_on_and_only_there(backend, rounding):
+    errors_of = pytest.importorskip("anyarray_linear.lanes.cupy.rounding").gradient_errors
+    device = Device.of(backend.asarray(np.ones(2)))
+    exact_model = Sequential(Linear(64, 48, seed=0), Tanh(), Linear(48, 8, seed=1)).to("cpu", "float32").to("cpu", "float64")
+    model = exact_model.to(device, "float32")
+    X, y = random(64, 64), random(64, 8)
+    _, exact = loss_and_gradients(exact_model, MeanSquaredError(), X.astype(np.float64), y.astype(np.float64), None)
+    _, found = loss_and_gradients(model, MeanSquaredError(), backend.asarray(X), backend.asarray(y), None)
+    for on in (True, False):
+        select_device(device, tf32=on)
+        errors = errors_of(model, MeanSquaredError(), X, y, device.index)
+        within = {name: np.all(np.abs(backend.to_numpy(dW) - exact[name]) <= errors[name]) for name, dW in found.items()}
+        assert all(within.values()) is on, within
 
 
 @on_cuda

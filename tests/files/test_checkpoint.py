@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,10 @@ def test_the_numpy_writer_of_safetensors_stores_memory_and_we_store_values(tmp_p
     from safetensors.numpy import load, load_file, save
 
     W = np.asfortranarray(np.arange(6.0).reshape(2, 3))
-    assert load(save({"W": W}))["W"].tolist() == W.T.reshape(2, 3).tolist() != W.tolist(), (
-        "safetensors has been repaired: its NumPy writer now takes any strides"
-    )
+    if tuple(map(int, version("safetensors").split(".")[:2])) >= (0, 8):  # with which it began
+        assert load(save({"W": W}))["W"].tolist() == W.T.reshape(2, 3).tolist() != W.tolist(), (
+            "safetensors has been repaired: its NumPy writer now takes any strides"
+        )
     for i, strided in enumerate((W, np.arange(12.0).reshape(2, 6)[:, ::2], np.arange(6.0).reshape(2, 3)[::-1, ::-1])):
         save_model(Linear.from_arrays(strided, strided[:, 0]), tmp_path / str(i))
         assert load_file(tmp_path / str(i))["weight"].tolist() == strided.tolist()

@@ -175,6 +175,31 @@ def test_ids_of_any_integers(backend, pair, ids):
     steps.warm(X, backend.asarray(backend.to_numpy(y).astype(ids)))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_batch_from_the_midst_of_an_array_is_aligned_for_the_eager_step_as_it_is_in_the_graph(backend, pair, lane, monkeypatch, dtype):
+    seen = []
+    definition = lane.training_step
+
+    def watched(xp, step, X, y, weights):
+        seen.append(X.data.ptr % 16)
+        return definition(xp, step, X, y, weights)
+
+    monkeypatch.setattr(lane, "training_step", watched)
+    steps = pair(a_model(backend, dtype))
+    X, y = a_batch(backend, 25, dtype)
+    with backend.computing():
+        whole = cupy.zeros(25 * 20 + 1, dtype)
+        whole[1:] = X.reshape(-1)
+        X = whole[1:].reshape(25, 20)[:24]
+    assert X.data.ptr % 16
+    for i in range(4):
+        steps(X, y[:24], "portable" if i == 0 else "captured")
+    for step in steps.steps:
+        step.on_rows(X, y[:24], None, 3, 14)
+    assert seen == [0] * len(seen)
+    assert len(seen) >= 6
+
+
 @counted
 def test_a_warm_step_is_one_launch(backend, lane):
     step = TrainingStep(a_model(backend), SoftmaxCrossEntropy(), AdamW(clip_norm=1.0), guard=Guard(backend.device, np.float32, 0))

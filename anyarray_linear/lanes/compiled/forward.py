@@ -36,8 +36,8 @@ LOADING = 0.1
 """Seconds that have to be saved in all: some three times what loading the code takes."""
 COMPILING = 10.0
 """As many, where the code has to be compiled first, for two to seven seconds."""
-_KEPT = 4
-"""Numbers of rows for which programs are kept."""
+_KEPT = 2
+"""Numbers of rows for which programs are kept: a batch, and the last one of the data."""
 _LARGE = 1 << 26
 """Bytes from which on they are not."""
 
@@ -94,7 +94,7 @@ class Forward:
         apart, rest = divmod(X.strides[0], size)
         if X.strides[1] != size or rest or apart < self.width or self.stages[0].layer is None or not X.flags.aligned:
             X, apart = np.ascontiguousarray(X) if X.flags.aligned else X.copy(), self.width
-        if len(self.idle) > _KEPT:
+        if len(self.idle) >= _KEPT and len(X) not in self.idle:
             self.idle = {}
         idle = self.idle.setdefault(len(X), [])
         try:

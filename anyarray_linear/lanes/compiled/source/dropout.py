@@ -33,5 +33,10 @@ def drop(op, c, tile, like):
     start = tile * chunk
     X, Z = pointer(source, like), pointer(target, like)
     scale, zero = number(like, from_bits(factor, FLOAT64)), number(like, 0.0)
-    for i in range(start, min(start + chunk, count)):
-        Z[i] = either(kept(i, a, b, threshold), X[i] * scale, zero)
+    stop = min(start + chunk, count)
+    if source == target:  # a loop of its own: what may overlap is not made of vector instructions
+        for i in range(start, stop):
+            Z[i] = either(kept(i, a, b, threshold), Z[i] * scale, zero)
+    else:
+        for i in range(start, stop):
+            Z[i] = either(kept(i, a, b, threshold), X[i] * scale, zero)

@@ -48,10 +48,13 @@ def normalize(op, c, tile, like):
         r = number(like, 1.0 / sqrt(squares(h, width) / width + eps))
         if H:
             pointer(R, like)[row] = r
-        for j in range(width):
-            d = h[j] * r
-            h[j] = d
-            z[j] = d * w[j]
+            for j in range(width):
+                d = h[j] * r
+                h[j] = d
+                z[j] = d * w[j]
+        else:  # a loop of its own: what may overlap is not made of vector instructions
+            for j in range(width):
+                z[j] = z[j] * r * w[j]
         activate(kind, before + place, b, after + place, width, like)
 
 
