@@ -17,7 +17,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from importlib import import_module
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,11 +181,13 @@ def _compiled(llvm: Any, name: str) -> bytes:
     import numpy as np
     from numba import njit
 
-    source = f"{__package__}.source"
-    for module in [module for module in sys.modules if module.startswith(source)]:
+    for module in [module for module in sys.modules if module.startswith(f"{__package__}.source")]:
         del sys.modules[module]  # functions that were compiled are what they are
-    vars(import_module(f"{source}.machine"))["WHOLE"] = bool(whole)
-    enter = import_module(f"{source}.engine").enter
+    from .source import machine
+
+    vars(machine)["WHOLE"] = bool(whole)
+    from .source.engine import enter
+
     like = np.dtype(dtype).type(1)
 
     def entered(control: int, pool: int, others: int) -> None:
