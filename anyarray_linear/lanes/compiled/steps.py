@@ -19,7 +19,19 @@ from ...step import TrainingStep, loss_and_gradients, training_step, training_st
 from . import layout as at
 from .blas import numpy_alone
 from .building import Declined
-from .program import Host, Program, Stage, containers_of, layers_of, loss_kind, rule_of, settings_of, stages_of, width_of
+from .program import (
+    Host,
+    Program,
+    Stage,
+    containers_of,
+    layers_of,
+    loss_kind,
+    rule_of,
+    settings_of,
+    stages_of,
+    takes_all,
+    width_of,
+)
 from .running import Runner, put_rule
 
 PATIENCE = 100
@@ -59,7 +71,7 @@ class Plan:
         if any(W.dtype != self.dtype for layer in self.layers for W in layer.parameters().values()):
             raise Declined("layers of several dtypes are not compiled")
         self.watch(step)
-        self.runner = Runner(self.dtype)
+        self.runner = Runner(self.dtype, whole=takes_all(self.layers))
         self.gradients = np.zeros(self.flat.W.size, self.dtype)
         self.programs: dict[Any, Program] = {}
         self.out = self.stages[-1].out
