@@ -13,6 +13,7 @@ import json
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -209,6 +210,18 @@ def test_torch_has_its_own_switch_which_the_bounds_know_of():
             assert cpu.tf32 is False
     finally:
         switch.allow_tf32 = before
+
+
+def test_jax_rounds_on_a_gpu_unless_it_is_told_not_to(monkeypatch):
+    jax = pytest.importorskip("jax")
+    cpu = Device.of(jax.numpy.zeros(1))
+    gpu = Device("jax", native=SimpleNamespace(platform="gpu"), namespace="jax.numpy")
+    assert not cpu.tf32
+    for precision, rounds in ((None, True), ("highest", False), ("float32", False), ("tensorfloat32", True)):
+        with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
+            assert (gpu.tf32, cpu.tf32) == (rounds, False)
+    with pytest.raises(ValueError, match=r'are JAX\'s, which has its own switch: .*"highest"'):
+        select_device(cpu, tf32=False)
 
 
 def rounded_to_11_bits(x):
