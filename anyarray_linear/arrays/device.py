@@ -203,9 +203,13 @@ class Device:
     @property
     def tf32(self) -> bool:
         """Whether products of float32 arrays are formed in TF32 here, with 11 bits of each factor: of CuPy's arrays as
-        `select_device` or `CUPY_TF32` says, of torch's on CUDA as `torch.backends.cuda.matmul.allow_tf32` does."""
+        `select_device` or `CUPY_TF32` says, of torch's on CUDA as `torch.backends.cuda.matmul.allow_tf32` does, of JAX's on
+        a GPU unless `jax_default_matmul_precision` is "highest": there it is so without asking."""
         if self.kind == "torch":
             return self.native.type == "cuda" and bool(import_module("torch").backends.cuda.matmul.allow_tf32)
+        if self.kind == "jax":
+            exact = import_module("jax").config.jax_default_matmul_precision in ("highest", "float32")
+            return self.native.platform in ("gpu", "cuda") and not exact
         return self.index is not None and cards.float32_products(self.index) == "TF32"
 
     def synchronize(self) -> None:

@@ -67,6 +67,9 @@ def _ask(device: Device, tf32: bool) -> None:
     if device.kind == "torch":
         own = f"torch.backends.cuda.matmul.allow_tf32 = {tf32}"
         raise ValueError(f"tf32 is for CuPy's arrays, and those on {device} are torch's, which has its own switch: {own}")
+    if device.kind == "jax":
+        own = f'jax.config.update("jax_default_matmul_precision", "{"tensorfloat32" if tf32 else "highest"}")'
+        raise ValueError(f"tf32 is for CuPy's arrays, and those on {device} are JAX's, which has its own switch: {own}")
     if device.index is None:
         if tf32:
             raise DeviceUnavailableError(f"TF32 is of CUDA devices, and {device} is none ({device.reason}); leave tf32 out")

@@ -96,8 +96,11 @@ class StartedRanks:
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """Kill it if it is there still, and what it has started: rank 0 has CuPy's store."""
         if process.returncode is None or process.returncode < 0:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            if hasattr(os, "killpg") and hasattr(signal, "SIGKILL"):
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
             process.wait()
 
 

@@ -33,7 +33,7 @@ def profiled(call: Any) -> list[dict[str, Any]]:
     found: dict[str, list[float]] = {}
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            name = re.sub(r"\(.*", "", event.name)[:80]
+            name = re.sub(r"\(.*", "", event.name.removeprefix("std::enable_if<!(false), void>::type "))[:80]
             found.setdefault(name, []).append(event.time_range.elapsed_us())
     rows = [
         {"kernel": name, "per_step": len(us) / STEPS, "us_per_step": round(sum(us) / STEPS, 2)} for name, us in found.items()

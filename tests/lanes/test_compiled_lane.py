@@ -796,6 +796,18 @@ def test_a_cache_that_cannot_be_written_to_costs_time_and_nothing_else(tmp_path)
     assert result.stderr.count("is not kept") == 1
 
 
+def test_a_model_of_linear_and_relu_waits_for_no_other_layers(dtype, tmp_path):
+    common, other = step_of(dtype=dtype), step_of(activation=GELU, dtype=dtype)
+    for step in (common, other):
+        step(random(8, 6, dtype=dtype), np.arange(8) % 4)
+        assert step.how.startswith("compiled"), step.how
+    assert common.kept["plan"].runner.code.name == dtype
+    assert other.kept["plan"].runner.code.name == f"{dtype}-whole"
+    said = run("train()", ANYARRAY_CACHE_DIR=str(tmp_path)).stderr
+    assert said.count("compiling") == 1
+    assert [path.name.startswith("step-float32-") and "whole" not in path.name for path in tmp_path.iterdir()] == [True]
+
+
 def test_a_damaged_file_is_made_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("ANYARRAY_CACHE_DIR", str(tmp_path))
     path = tmp_path / "step.o"

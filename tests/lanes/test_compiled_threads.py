@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import numpy as np
 import pytest
 from test_compiled_lane import printed, run
+
+from anyarray_linear import SGD, Linear, ReLU, Sequential, SoftmaxCrossEntropy, TrainingStep
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 
@@ -137,3 +140,33 @@ def test_several_threads_one_of_which_outlives_the_main_one():
         for worker in workers[1:]: worker.join()
     """))
     assert found == ["12", "True"]
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(64, 1), (4096, 2)])
+def test_small_steps_before_code_is_loaded_take_no_threads_of_numpys_blas_and_large_ones_do(rows, expected):
+    from anyarray_linear.lanes.compiled import blas
+
+    library = blas.numpys()
+    if not library.shares_its_number:
+        pytest.skip("NumPy's BLAS has no number of threads here that can be set")
+    before, seen = library.threads(), []
+
+    class Watched(SoftmaxCrossEntropy):
+        def forward(self, Z, target, weights=None):
+            seen.append(library.threads())
+            return super().forward(Z, target, weights)
+
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((rows, 30)), rng.integers(0, 10, rows)
+    step = TrainingStep(Sequential(Linear(30, 20, seed=0), ReLU(), Linear(20, 10, seed=1)), Watched(), SGD(0.1))
+    library.set_threads(2)
+    try:
+        for _ in range(3):
+            step(X, y)
+            assert library.threads() == 2
+            step.on_rows(X, y, np.arange(rows), 0, rows)
+            assert library.threads() == 2
+    finally:
+        library.set_threads(before)
+    assert seen[1:] == [expected] * 5  # the first says how large the model is
+    assert step.how.startswith("portable: compiled code is for steps that are many")

@@ -92,7 +92,7 @@ def test_every_lane_is_taken_by_somebody(backend, monkeypatch):
             taken.add(portable)
             return super().__getitem__(portable)
 
-    for place in (place_of(backend.asarray([1], dtype)) for dtype in ("float32", "int64")):
+    for place in (place_of(backend.asarray([1], dtype)) for dtype in (*backend.dtypes, "int64")):
         monkeypatch.setattr(place, "faster", Noting(place.faster))
     rng = np.random.default_rng(0)
     X = backend.asarray(rng.normal(size=(8, 5)), "float32")
@@ -117,5 +117,8 @@ def test_every_lane_is_taken_by_somebody(backend, monkeypatch):
         fit(model, X, y, loss=loss, optimizer=Adam(), epochs=2, batch_size=4, progress=False)
         TrainingStep(model, loss, Adam())(X, y)
         predict(model, X)
+    if "float16" in backend.dtypes:
+        half = Sequential(*layers).to(backend.device, "float16")
+        fit(half, X, backend.asarray(rng.normal(size=(8, 3)), "float16"), loss=loss, optimizer=Adam(), epochs=1, progress=False)
     unused = {portable for _, table in tables(backend) for portable in table} - taken
     assert not unused, [portable.__name__ for portable in unused]

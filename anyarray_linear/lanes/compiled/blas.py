@@ -13,7 +13,8 @@ import site
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,7 +93,13 @@ def _own() -> Blas:
 @functools.cache
 def blas() -> Blas:
     """The library that products are taken from. Raises `Declined`."""
-    return _mkl() or _own()
+    return _mkl() or numpys()
+
+
+@functools.cache
+def numpys() -> Blas:
+    """The library that NumPy computes with. Raises `Declined`."""
+    return _own()
 
 
 class _Alone:
@@ -104,17 +111,18 @@ class _Alone:
 
     def __init__(self) -> None:
         self.lock, self.inside, self.before = threading.Lock(), 0, 1
+        self.library: Blas | None = None
 
     def cores(self, library: Blas) -> int:
         """How many threads the user lets the library have."""
-        return self.before if self.inside else library.threads()
+        return self.before if self.inside and library.shares_its_number else library.threads()
 
     def enter(self, library: Blas) -> None:
         if library.set_threads is None or not library.shares_its_number:
             return
         with self.lock:
             if not self.inside:
-                self.before = library.threads()
+                self.library, self.before = library, library.threads()
                 library.set_threads(1)
             self.inside += 1
 
@@ -128,11 +136,28 @@ class _Alone:
 
     def forked(self) -> None:
         """In a child, nobody is inside any more."""
-        if self.inside and blas().set_threads is not None:
-            blas().set_threads(self.before)  # type: ignore[misc]
+        if self.inside and self.library is not None and self.library.set_threads is not None:
+            self.library.set_threads(self.before)
         self.lock, self.inside = threading.Lock(), 0
 
 
 alone = _Alone()
+
+
+@contextmanager
+def numpy_alone() -> Iterator[None]:
+    """A context in which NumPy, too, forms products in the thread that asks for them, where its BLAS lets that be said."""
+    try:
+        library = numpys()
+    except Declined:
+        yield
+        return
+    alone.enter(library)
+    try:
+        yield
+    finally:
+        alone.leave(library)
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=alone.forked)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import hashlib
 import os
 import sys
@@ -30,36 +31,36 @@ class Declined(Exception):
 
 
 class Code(NamedTuple):
-    """The addresses of compiled functions for arrays of one dtype."""
+    """The addresses of compiled functions."""
 
     run: int
     """`void run(int64 control, int64 pool, int64 others)`"""
     worker: int
     """`void* worker(void* pool)`"""
-    dtype: str
+    name: str
 
 
 @functools.cache
-def code_for(dtype: str) -> Code:
-    """The compiled functions for `"float32"` or `"float64"`. Raises `Declined`."""
+def code_for(name: str) -> Code:
+    """The compiled functions for `"float32"` or `"float64"`, with `"-whole"` for all layers. Raises `Declined`."""
     with _lock:
         try:
-            return _code_for(dtype)
+            return _code_for(name)
         except Declined:
             raise
         except Exception as error:  # whatever goes wrong in there, training goes on without it
             raise Declined(f"compiling failed: {type(error).__name__}: {error}"[:200]) from error
 
 
-def is_at_hand(dtype: str) -> bool:
+def is_at_hand(name: str) -> bool:
     """Whether the compiled functions are loaded, or are kept on disk, so that they need not be compiled."""
-    if dtype in _loaded:
+    if name in _loaded:
         return True
     if not _is_installed():
         return False
     import llvmlite.binding as llvm
 
-    return _path(llvm, dtype).exists()
+    return _path(llvm, name).exists()
 
 
 _loaded: set[str] = set()
@@ -69,28 +70,28 @@ def _is_installed() -> bool:
     return all(PathFinder.find_spec(name) for name in ("numba", "llvmlite"))
 
 
-def _path(llvm: Any, dtype: str) -> Path:
-    return _folder() / f"step-{dtype}-{_key(llvm)}.o"
+def _path(llvm: Any, name: str) -> Path:
+    return _folder() / f"step-{name}-{_key(llvm)}.o"
 
 
-def _code_for(dtype: str) -> Code:
+def _code_for(name: str) -> Code:
     if not _is_installed():
         raise Declined('numba is not installed (pip install "anyarray_linear[fast]")')
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    path = _path(llvm, dtype)
+    path = _path(llvm, name)
     machine_code = _read(path)
     if machine_code is None:
-        machine_code = _compiled(llvm, dtype)
+        machine_code = _compiled(llvm, name)
         _write(path, machine_code)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target(llvm))
     engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
     engine.finalize_object()
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))  # at its end, the process may still have threads in there
-    _loaded.add(dtype)
-    return Code(engine.get_function_address("anyarray_run"), engine.get_function_address("anyarray_worker"), dtype)
+    _loaded.add(name)
+    return Code(engine.get_function_address("anyarray_run"), engine.get_function_address("anyarray_worker"), name)
 
 
 def _target(llvm: Any) -> Any:
@@ -172,12 +173,19 @@ define ptr @anyarray_worker(ptr %pool) {{
 """
 
 
-def _compiled(llvm: Any, dtype: str) -> bytes:
+def _compiled(llvm: Any, name: str) -> bytes:
     """The machine code, compiled now: some seconds."""
-    _say(f"compiling the training step for {dtype}, once on this machine; it takes some seconds")
+    dtype, _, whole = name.partition("-")
+    layers = "" if whole else " and models of Linear and ReLU"
+    _say(f"compiling the training step for {dtype}{layers}, once on this machine; it takes some seconds")
     import numpy as np
     from numba import njit
 
+    for module in [module for module in sys.modules if module.startswith(f"{__package__}.source")]:
+        del sys.modules[module]  # functions that were compiled are what they are
+    from .source import machine
+
+    vars(machine)["WHOLE"] = bool(whole)
     from .source.engine import enter
 
     like = np.dtype(dtype).type(1)
@@ -186,7 +194,7 @@ def _compiled(llvm: Any, dtype: str) -> bytes:
         enter(control, pool, others, like)
 
     options = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    with _translating_only():
+    with _translating_only(), _without_collecting():
         compiled = njit("void(int64, int64, int64)", **options)(entered)
         (result,) = compiled.overloads.values()
         text = result.library.get_llvm_str()
@@ -232,6 +240,18 @@ def _translating_only() -> Iterator[None]:
                 getattr(place, name)
                 patches.enter_context(mock.patch.object(place, name, new))
         yield
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """A context in which Python looks for no cycles: numba makes millions of objects, and looking is a tenth of the time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 @functools.cache

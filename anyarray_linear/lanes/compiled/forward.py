@@ -21,8 +21,8 @@ from ...sequential import Sequential
 from ...step import TrainingStep
 from . import layout as at
 from .building import Declined, is_at_hand
-from .program import Host, Program, Stage, containers_of, layers_of, settings_of, stages_of, width_of
-from .running import Runner
+from .program import Host, Program, Stage, containers_of, layers_of, settings_of, stages_of, takes_all, width_of
+from .running import Runner, name_of
 from .steps import plan_for
 
 SAVED = {at.SIGMOID: 5e-9, at.SILU: 5e-9, at.GELU_TANH: 1e-9, at.GELU: 30e-9}
@@ -53,6 +53,7 @@ class Forward:
         self.watched = [(layer, layer.W, layer.b) for layer in layers if layer.parameters() and hasattr(layer, "b")]
         self.settings = settings_of(layers)
         self.width = width_of(layers)
+        self.whole = takes_all(layers)
         self.stages = stages_of(model, self.width, training=False)
         parameters = [W for layer in layers for W in layer.parameters().values()]
         if not parameters:
@@ -82,12 +83,12 @@ class Forward:
         since a training that goes on from a file is to have the bits of one that never stopped."""
         if step is not None:
             return plan_for(xp, step) is not None
-        return saved >= COMPILING or is_at_hand(self.dtype.name)
+        return saved >= COMPILING or is_at_hand(name_of(self.dtype, self.whole))
 
     def __call__(self, X: Host) -> Host:
         """`Z`, a new array."""
         if self.runner is None:
-            self.runner = Runner(self.dtype)
+            self.runner = Runner(self.dtype, whole=self.whole)
         shape, size = (*X.shape[:-1], self.stages[-1].out), X.itemsize
         X = X.reshape(-1, self.width)
         apart, rest = divmod(X.strides[0], size)

@@ -64,6 +64,11 @@ def kind_of(layer: Any) -> int | None:
     return _ACTIVATIONS.get(type(layer))
 
 
+def takes_all(layers: Sequence[Any]) -> bool:
+    """Whether a model of these layers takes the code of all of them, and not only that of `Linear` and `ReLU`."""
+    return any(type(layer) not in (Linear, ReLU) for layer in layers)
+
+
 class Stage(NamedTuple):
     """A layer with parameters and the activation after it, or an activation alone, or a dropout."""
 

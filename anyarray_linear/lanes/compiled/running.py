@@ -31,11 +31,19 @@ def put_rule(numbers: Any, by: Any) -> None:
         _put_sgd(numbers, 8 * at.RULE, by.lr, by.momentum, own, by.decay, velocity)
 
 
-class Runner:
-    """The code for one dtype, and all that it needs. Raises `Declined` where there is none."""
+def name_of(dtype: Any, whole: bool) -> str:
+    """What the code is called that takes arrays of that dtype, of all layers or of `Linear` and `ReLU` only."""
+    return f"{dtype.name}-whole" if whole else str(dtype.name)
 
-    def __init__(self, dtype: Any) -> None:
-        self.code, self.blas = code_for(dtype.name), blas()
+
+class Runner:
+    """The code for one dtype, and all that it needs. Raises `Declined` where there is none.
+
+    whole: whether it is for layers beyond `Linear` and `ReLU`, whose code takes longer to compile.
+    """
+
+    def __init__(self, dtype: Any, *, whole: bool = False) -> None:
+        self.code, self.blas = code_for(name_of(dtype, whole)), blas()
         self.gemm = self.blas.single if dtype == np.float32 else self.blas.double
         self.yielding = yielding()
         self.holding, self.letting_go = (caller(self.code.run, holding=holding) for holding in (True, False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from struct import Struct
 from typing import Any, cast
 
@@ -16,14 +17,30 @@ from ...guard import Guard
 from ...optimizers import Rule
 from ...step import TrainingStep, loss_and_gradients, training_step, training_step_on_rows
 from . import layout as at
+from .blas import numpy_alone
 from .building import Declined
-from .program import Host, Program, Stage, containers_of, layers_of, loss_kind, rule_of, settings_of, stages_of, width_of
+from .program import (
+    Host,
+    Program,
+    Stage,
+    containers_of,
+    layers_of,
+    loss_kind,
+    rule_of,
+    settings_of,
+    stages_of,
+    takes_all,
+    width_of,
+)
 from .running import Runner, put_rule
 
 PATIENCE = 100
 """Steps that a small model takes before code is compiled or loaded for it, a large one fewer. Counted by the optimizer, so
 that a training that goes on from a file has the bits of one that never stopped."""
 _LARGE = 20_000
+_ALONE = 1 << 21
+"""Rows times weights of the steps before it that NumPy takes without BLAS threads: a second one would save less than 0.1 ms
+a step, and where other programs have the cores, each product would wait for it, 10 to 40 ms (`benchmarks.estimators`)."""
 _KEPT = 4
 """Programs kept, for as many batch sizes and kinds of target."""
 
@@ -54,7 +71,7 @@ class Plan:
         if any(W.dtype != self.dtype for layer in self.layers for W in layer.parameters().values()):
             raise Declined("layers of several dtypes are not compiled")
         self.watch(step)
-        self.runner = Runner(self.dtype)
+        self.runner = Runner(self.dtype, whole=takes_all(self.layers))
         self.gradients = np.zeros(self.flat.W.size, self.dtype)
         self.programs: dict[Any, Program] = {}
         self.out = self.stages[-1].out
@@ -211,8 +228,19 @@ class Plan:
 
 def patience(step: TrainingStep) -> int:
     """How many steps are taken by the portable definition first."""
-    size = sum(W.size for W in step.optimizer.bound.parameters) if step.optimizer.bound else 0
-    return max(2, PATIENCE // (1 + size // _LARGE))
+    return max(2, PATIENCE // (1 + _size(step) // _LARGE))
+
+
+def _size(step: TrainingStep) -> int:
+    """How many numbers are trained, or 0 where the first step is still to say it."""
+    bound = getattr(step.optimizer, "bound", None)  # a rule of the user's own has none
+    return sum(W.size for W in bound.parameters) if bound else 0
+
+
+def _meanwhile(step: TrainingStep, rows: int) -> AbstractContextManager[None]:
+    """What a portable step is taken in: without BLAS threads, if it is one before code is loaded, and small."""
+    is_early = "plan" not in step.kept and "portable" not in step.kept
+    return numpy_alone() if is_early and 0 < rows * _size(step) < _ALONE else nullcontext()
 
 
 def plan_for(xp: Namespace, step: TrainingStep) -> Plan | None:
@@ -252,7 +280,8 @@ def compiled_step(xp: Namespace, step: TrainingStep, X: Array, y: Array, weights
             if value is not None:
                 return value
         step.how = "portable: this batch is not one that is compiled"
-    return training_step(xp, step, X, y, weights)
+    with _meanwhile(step, math.prod(X.shape[:-1])):
+        return training_step(xp, step, X, y, weights)
 
 
 def compiled_step_on_rows(
@@ -270,4 +299,5 @@ def compiled_step_on_rows(
             value = plan.take(xp, step, X, y, None, part, len(part))
             if value is not None:
                 return value
-    return training_step_on_rows(xp, step, X, y, order, start, stop, weights)
+    with _meanwhile(step, stop - start):
+        return training_step_on_rows(xp, step, X, y, order, start, stop, weights)

@@ -94,7 +94,7 @@ _making = threading.Lock()
 def pool_for(code: Code) -> Pool:
     """The pool of the process for code of that dtype."""
     with _making:
-        return _pools.setdefault(code.dtype, Pool(code))
+        return _pools.setdefault(code.name, Pool(code))
 
 
 def _forget() -> None:

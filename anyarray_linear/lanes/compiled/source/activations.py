@@ -6,7 +6,7 @@ from numba import njit
 
 from .. import layout as at
 from .elementary import decay, normal_cdf, sigmoid, tanh
-from .machine import INLINE, PLAIN, either, number, pointer, size_of
+from .machine import INLINE, PLAIN, WHOLE, either, number, pointer, size_of
 
 
 @njit(**INLINE)
@@ -56,14 +56,21 @@ def gelu_slope(x):
 @njit(**PLAIN)
 def activate(kind, before, b, after, count, like):
     """`after = f(before + b)`; `before` becomes `before + b` where the two are not one."""
-    Z, b, F = pointer(before, like), pointer(b, like), pointer(after, like)
+    Z, B = pointer(before, like), pointer(b, like)
     if kind == at.NONE:
         for j in range(count):
-            Z[j] = Z[j] + b[j]
+            Z[j] = Z[j] + B[j]
     elif kind == at.RELU:
         for j in range(count):
-            Z[j] = relu(Z[j] + b[j])
-    elif kind == at.TANH:
+            Z[j] = relu(Z[j] + B[j])
+    elif WHOLE:
+        activate_smoothly(kind, before, b, after, count, like)
+
+
+@njit(**PLAIN)
+def activate_smoothly(kind, before, b, after, count, like):
+    Z, b, F = pointer(before, like), pointer(b, like), pointer(after, like)
+    if kind == at.TANH:
         for j in range(count):
             Z[j] = tanh(Z[j] + b[j])
     elif kind == at.SIGMOID:
@@ -89,11 +96,18 @@ def activate(kind, before, b, after, count, like):
 @njit(**PLAIN)
 def mask(kind, gradient, kept, count, like):
     """`dX = dZ f'` in place, from what was kept: the output of an activation, or its input."""
-    D, K, one = pointer(gradient, like), pointer(kept, like), number(like, 1.0)
+    D, K = pointer(gradient, like), pointer(kept, like)
     if kind == at.RELU:
         for j in range(count):
             D[j] = either(K[j] <= number(like, 0.0), number(like, 0.0), D[j])
-    elif kind == at.TANH:
+    elif WHOLE:
+        mask_smoothly(kind, gradient, kept, count, like)
+
+
+@njit(**PLAIN)
+def mask_smoothly(kind, gradient, kept, count, like):
+    D, K, one = pointer(gradient, like), pointer(kept, like), number(like, 1.0)
+    if kind == at.TANH:
         for j in range(count):
             D[j] = D[j] * (one - K[j] * K[j])
     elif kind == at.SIGMOID:

@@ -9,6 +9,7 @@ from . import activations, dropout, layers, losses, normalization, updates
 from .machine import (
     INT64,
     PLAIN,
+    WHOLE,
     atomic_add,
     atomic_load,
     atomic_store,
@@ -46,7 +47,14 @@ def tile_of(op, c, tile, like):
         activations.activation_gradient(op, tile, like)
     elif code == at.TAKE:
         layers.take(op, c, tile, like)
-    elif code == at.NORMALIZE:
+    elif WHOLE:
+        rarer_tile_of(op, c, tile, like)
+
+
+@njit(**PLAIN)
+def rarer_tile_of(op, c, tile, like):
+    code = op[at.CODE]
+    if code == at.NORMALIZE:
         normalization.normalize(op, c, tile, like)
     elif code == at.NORMALIZE_WEIGHT_GRADIENT:
         normalization.weight_gradient(op, tile, like)

@@ -23,6 +23,9 @@ INLINE = {**PLAIN, "forceinline": True}  # a loop that calls is not made of vect
 SUMS = {**BARE, "fastmath": {"contract", "reassoc"}}  # sums in vectors: the same order each time
 """How the functions here are compiled."""
 
+WHOLE = True
+"""Whether all layers are compiled, or `Linear` and `ReLU` only: `building` sets it before anything else here is imported."""
+
 FLOAT64, INT64 = np.float64(0), np.int64(0)
 
 _i8, _i32, _i64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
