@@ -3,7 +3,7 @@
 A *program* is a table of operations. Each is worked on in *tiles*, which any thread may take: tile `t` of the operations
 taken together has the ticket `t`, threads draw tickets in order, and a tile waits until all tiles before its operation's
 `AFTER` are done. What a tile computes does not depend on who computes it, so results are the same bits for any number of
-threads.
+threads that work at a program; how it is cut into tiles, when it is made, goes by how many there may be then.
 """
 
 # the control block of one program, in int64; what threads write at once lies 64 bytes apart
