@@ -10,6 +10,7 @@ import pytest
 from test_compiled_lane import printed, run
 
 from anyarray_linear import SGD, Linear, ReLU, Sequential, SoftmaxCrossEntropy, TrainingStep
+from anyarray_linear.lanes.compiled import blas as products
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 
@@ -29,7 +30,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no for
 @needs_cores
 @pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"])
 def test_the_environment_says_how_many_threads(variable):
-    if importlib.util.find_spec("mkl") is not None:
+    if variable.startswith("OPENBLAS") and products.blas().name == "MKL":
         pytest.skip("OPENBLAS_NUM_THREADS is not MKL's")
     unset = dict.fromkeys(TWO, "")
     for count in (1, 2):
@@ -68,7 +69,7 @@ def test_limits_of_threadpoolctl_hold_inside_and_no_longer():
         step = make()
         print(threads(step), end=" ")
         with threadpool_limits(1):
-            print(threads(step), [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"] == [1], end=" ")
+            print(threads(step), {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}, end=" ")
         print(threads(step))
     """.replace("\n        ", "\n"), **TWO))
     assert found == ["2", "1", "True", "2"]
@@ -94,9 +95,11 @@ def test_a_step_goes_on_in_a_forked_child_with_threads_of_its_own():
         step, other = make(), make()
         on(step), on(other)
         def threads(): return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
+        X @ X.T  # NumPy's BLAS has its threads again only when it is asked
         before = threads()
         child = os.fork()
         if child == 0:
+            X @ X.T
             os._exit(0 if on(step) == on(other) and threads() == before else 1)
         print(os.waitpid(child, 0)[1], on(step) == on(other))
     """, **TWO))
