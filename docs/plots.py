@@ -17,7 +17,8 @@ from markdown.preprocessors import Preprocessor
 _MARK = re.compile(r"<!-- plot: (.+?) -->")
 _NUMBERS = re.compile(r"[\d.]+(?:, [\d.]+)*")
 _COLOURS = ("#3b76c4", "#d9730d", "#3f9a4b", "#b0459b", "#8a7a1f")  # on white and on black
-_WIDTH, _LEFT, _RIGHT, _ROW, _TOP = 540, 140, 16, 28, 34
+_WIDTH, _RIGHT, _ROW, _TOP = 540, 16, 28, 34
+_CHARACTER = 7.4  # the width of one in a name, at most and on average
 
 
 def cells(line: str) -> list[str]:
@@ -32,9 +33,10 @@ def drawn(title: str, table: list[str]) -> str:
     values = {i: [[float(number) for number in row[i].split(", ")] for row in rows] for i in columns}
     every = [1.0, *(x for column in values.values() for row in column for x in row)]
     low, high = math.log(min(every) / 1.1), math.log(max(every) * 1.1)
+    names = 28 + _CHARACTER * max(len(row[0]) for row in rows)
 
     def x(value: float) -> float:
-        return _LEFT + (math.log(value) - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
+        return names + (math.log(value) - low) / (high - low) * (_WIDTH - names - _RIGHT)
 
     height = _TOP + _ROW * len(rows) + 30
     label = html.escape(f"{title}; the numbers are in the table")
@@ -46,7 +48,7 @@ def drawn(title: str, table: list[str]) -> str:
         parts.append(f'<text x="{x(tick):.1f}" y="{height - 10}" text-anchor="middle">{tick:g}</text>')
     for n, row in enumerate(rows):
         y = _TOP + _ROW * (n + 0.5)
-        parts.append(f'<text x="{_LEFT - 14}" y="{y + 4}" text-anchor="end">{html.escape(row[0])}</text>')
+        parts.append(f'<text x="{names - 14:.1f}" y="{y + 4}" text-anchor="end">{html.escape(row[0])}</text>')
         for colour, i in zip(_COLOURS, columns, strict=False):
             parts += [f'<circle cx="{x(value):.1f}" cy="{y}" r="5" fill="{colour}"/>' for value in values[i][n]]
     for n, (colour, i) in enumerate(zip(_COLOURS, columns, strict=False)):

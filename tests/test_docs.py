@@ -245,6 +245,8 @@ def test_browser_shows_every_page_without_complaint(site: Path, tmp_path: Path, 
             page.wait_for_load_state("load")
             assert page.locator("h1").count() == 1, name
             assert browser.overflow(page) <= 0, f"{name} is wider than the {size}"
+            starts = page.evaluate("[...document.querySelectorAll('figure.plot text')].map(text => text.getBBox().x)")
+            assert all(x >= 0 for x in starts), f"a name in a plot of {name} is cut off"
             assert all(page.evaluate("[...document.images].map(image => image.naturalWidth > 0)")), name
             signatures = page.locator(".doc-signature pre code").all() if size == "desktop" else []
             assert all(box.evaluate("box => box.scrollWidth <= box.clientWidth") for box in signatures), f"{name}: cut off"
