@@ -43,7 +43,7 @@ with tarfile.open(sdist) as file:
     held = {name.partition("/")[2] for name in file.getnames()}
 for name in ("tests/conftest.py", "benchmarks/__main__.py", "docs/index.md", "docker/Dockerfile", "LICENSES/CC-BY-4.0.txt"):
     expect(name in held, f"the source distribution has no {name}")
-stray = [name for name in held if re.search(r"__pycache__|\.so$|(^|/)(runs|results|site|\.venv|\.git)(/|$)", name)]
+stray = [name for name in held if re.search(r"__pycache__|\.so$|(^|/)(runs|site|\.venv|\.git)(/|$)|^results/", name)]
 expect(not stray, f"the source distribution has {stray}")
 
 print(f"{wheel.name}: {len(inside)} files, {wheel.stat().st_size / 1e3:.0f} kB; {sdist.name}: {len(held)} files")

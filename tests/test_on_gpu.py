@@ -121,6 +121,7 @@ def test_the_first_tests_are_of_every_module_on_the_card_where_there_are_such_an
 
 def test_the_suite_stops_when_its_time_is_up_and_then_has_the_rest(monkeypatch, tmp_path):
     told = []
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setattr(spread, "tell", lambda **found: told.append(found))
     monkeypatch.setattr(spread, "_done", tmp_path / "done")
     monkeypatch.setattr(spread, "_end", None)
