@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from typing import Any
 
 IS_STAND_IN = bool(os.environ.get("ON_GPU_STAND_IN"))
@@ -12,7 +13,7 @@ SECONDS = float(os.environ.get("ON_GPU_SECONDS", "inf"))
 """How long this process may take."""
 LEFT = float(os.environ.get("ON_GPU_LEFT", "inf"))
 """How long all that is still to run may take together."""
-SCRATCH = os.environ.get("ON_GPU_SCRATCH", ".")
+SCRATCH = os.environ.get("ON_GPU_SCRATCH", tempfile.gettempdir())
 
 
 _open, _write, _close = os.open, os.write, os.close  # a test may take them away for a while
