@@ -46,6 +46,7 @@ def _looked_after(ranks: StartedRanks) -> int:
     passed = {number: number for number in (signal.SIGINT, signal.SIGTERM)}
     if hasattr(signal, "SIGHUP"):
         passed[signal.SIGHUP] = signal.SIGTERM  # the terminal has gone: stop, and save
+
     def pass_on(number: int, frame: object) -> None:
         ranks.pass_on(passed[signal.Signals(number)])
 

@@ -7,6 +7,7 @@ import importlib.util
 
 import numpy as np
 import pytest
+from test_compiled_lane import assert_same_bits, random, weights
 from test_normalization import bounds, reference
 
 from anyarray_linear import (
@@ -56,20 +57,6 @@ def four_threads(monkeypatch):
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     return request.param
-
-
-def random(*shape, dtype="float32", seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
-
-
-def weights(step):
-    return {name: np.array(W) for name, W in step.model.parameters().items()}
-
-
-def assert_same_bits(one, other):
-    assert one.keys() == other.keys()
-    for name, W in one.items():
-        assert np.array_equal(W, other[name], equal_nan=True), name
 
 
 def norm_of(features, dtype, eps=1e-5):
