@@ -23,6 +23,7 @@ from anyarray_linear import (
     Adam,
     AdamW,
     BinaryCrossEntropy,
+    Device,
     Linear,
     MeanSquaredError,
     ReLU,
@@ -509,14 +510,19 @@ def change_frozen(step):
     step.model[0].W = np.ones_like(step.model[0].W)
 
 
+def change_loss(step):
+    step.loss = SoftmaxCrossEntropy(label_smoothing=0.5)
+
+
 def restore_state(step):
     step.optimizer.load_state_dict(step.optimizer.state_dict())
 
 
 @pytest.mark.parametrize(
     "change",
-    [change_rate, change_clipping, change_momentum, change_weights, change_bias, freeze, change_frozen, restore_state],
-)
+    [change_rate, change_clipping, change_momentum, change_weights, change_bias, freeze, change_frozen, change_loss,
+     restore_state],
+)  # fmt: skip
 def test_changes_between_steps_are_noticed(change, dtype):
     X, y = random(8, 6, dtype=dtype), np.arange(8) % 4
     compiled, portable = (step_of(optimizer=SGD(0.1, momentum=0.9), dtype=dtype) for _ in range(2))
@@ -531,6 +537,35 @@ def test_changes_between_steps_are_noticed(change, dtype):
     assert compiled.how.startswith("compiled"), compiled.how
     for name, W in weights(compiled).items():
         assert np.abs(W - weights(portable)[name]).max() <= gamma(4000, unit_roundoff(dtype)), name
+
+
+def test_another_loss_model_guard_or_function_of_gradients_is_taken():
+    X, y, targets = random(8, 6), np.arange(8) % 4, random(8, 4)
+    step, portable = step_of(), step_of()
+    step(X, y)
+    with lanes.off():
+        portable(X, y)
+    step.loss = portable.loss = MeanSquaredError()
+    value = step(X, targets)
+    assert step.how.startswith("compiled")
+    with lanes.off():
+        assert abs(value - portable(X, targets)) <= 1e-5
+    for name, W in weights(step).items():
+        assert np.abs(W - weights(portable)[name]).max() <= 1e-5
+    calls = []
+    step.gradients = lambda *arguments: calls.append(1) or steps.loss_and_gradients(*arguments)
+    step(X, targets)
+    assert calls
+    assert "gradients of one's own" in step.how
+    step.gradients = steps.loss_and_gradients
+    step.guard = type("Own", (Guard,), {"judge": lambda *arguments: np.asarray(False)})(Device.of(X), X.dtype, 0)
+    before = weights(step)
+    step(X, targets)
+    assert_same_bits(weights(step), before)
+    assert "a guard of one's own" in step.how
+    step.guard, step.model = None, model_of((6, 5, 4), ReLU)
+    with pytest.raises(ValueError, match="belongs to the model it stepped first"):
+        step(X, targets)
 
 
 def test_lanes_can_be_switched_off_between_steps():

@@ -54,6 +54,7 @@ class Plan:
 
     def __init__(self, xp: Namespace, step: TrainingStep) -> None:
         model, optimizer = step.model, step.optimizer
+        self.model, self.loss, self.guard = model, step.loss, step.guard
         self.rule, self.loss_kind = rule_of(optimizer), loss_kind(step.loss)
         self.bound = optimizer.bind(model)
         self.flat = flat_of(xp, self.bound)
@@ -80,6 +81,8 @@ class Plan:
         """Whether model, optimizer and loss are what this was made for; parameters that were assigned are copied in."""
         if self.is_as_left(step):
             return True
+        if not self.is_of(step):
+            return False
         bound = step.optimizer.bind(step.model)
         if flat_of(xp, bound) is not self.flat or bound.leaves != self.bound.leaves:
             return False
@@ -93,6 +96,13 @@ class Plan:
         self.watch(step)
         return True
 
+    def is_of(self, step: TrainingStep) -> bool:
+        """Whether the step has the parts still that this was made of, whatever was assigned in them."""
+        return (
+            step.model is self.model and step.loss is self.loss and step.guard is self.guard
+            and step.gradients is loss_and_gradients
+        )  # fmt: skip
+
     def watch(self, step: TrainingStep) -> None:
         """What is looked at before each step."""
         self.watched = [
@@ -103,6 +113,8 @@ class Plan:
 
     def is_as_left(self, step: TrainingStep) -> bool:
         """Whether nothing was assigned since: a glance at every attribute that matters."""
+        if not self.is_of(step):
+            return False
         optimizer = step.optimizer
         if optimizer.bound is not self.bound or optimizer.moment_names != self.bound.moment_names:
             return False
