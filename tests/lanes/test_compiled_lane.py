@@ -568,6 +568,20 @@ def test_another_loss_model_guard_or_function_of_gradients_is_taken():
         step(X, targets)
 
 
+def test_a_frozen_layer_of_any_layout_is_taken_or_left_to_the_definition(dtype):
+    X, y = random(8, 6, dtype=dtype), np.arange(8) % 4
+    step, portable = (step_of(dtype=dtype) for _ in range(2))
+    for each, switch in ((step, np.errstate), (portable, lanes.off)):
+        each.model[0].trainable = False
+        with switch():
+            each(X, y)
+            each.model[0].W = np.asfortranarray(random(5, 6, dtype=dtype))
+            each(X, y)
+    assert step.how == "portable: a parameter that is not contiguous is not compiled"
+    for name, W in weights(step).items():
+        assert np.abs(W - weights(portable)[name]).max() <= gamma(4000, unit_roundoff(dtype)), name
+
+
 def test_lanes_can_be_switched_off_between_steps():
     X, y = random(8, 6), np.arange(8) % 4
     mixed, portable = step_of(), step_of()

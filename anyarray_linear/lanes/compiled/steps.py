@@ -69,8 +69,11 @@ class Plan:
         self.width = width_of(self.layers)
         self.stages: list[Stage] = stages_of(model, self.width)
         self.frozen = {id(layer) for layer in self.layers} - trained
-        if any(W.dtype != self.dtype for layer in self.layers for W in layer.parameters().values()):
+        arrays = [W for layer in self.layers for W in layer.parameters().values()]
+        if any(W.dtype != self.dtype for W in arrays):
             raise Declined("layers of several dtypes are not compiled")
+        if not all(W.flags.c_contiguous for W in arrays):  # a frozen one; of the others there are copies
+            raise Declined("a parameter that is not contiguous is not compiled")
         self.watch(step)
         self.runner = Runner(self.dtype, whole=takes_all(self.layers))
         self.gradients = np.zeros(self.flat.W.size, self.dtype)
