@@ -476,6 +476,15 @@ def test_what_does_not_fit_is_told_as_ever_and_changes_nothing(X, y):
     assert compiled.optimizer.steps == steps_before
 
 
+@pytest.mark.parametrize("count", [3, 5])
+def test_weights_of_labels_that_are_too_few_or_too_many_are_told_as_ever(count):
+    step = step_of(loss=lambda: BinaryCrossEntropy([2.0] * count))
+    before = weights(step)
+    with pytest.raises(ValueError, match=f"positive_weights has {count} numbers, but Z has 4 columns"):
+        step(random(3, 6), np.zeros((3, 4), bool))
+    assert_same_bits(weights(step), before)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # what changes between steps
 

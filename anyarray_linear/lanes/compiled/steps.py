@@ -74,11 +74,13 @@ class Plan:
             raise Declined("layers of several dtypes are not compiled")
         if not all(W.flags.c_contiguous for W in arrays):  # a frozen one; of the others there are copies
             raise Declined("a parameter that is not contiguous is not compiled")
+        self.out = self.stages[-1].out
+        if self.positive is not None and len(self.positive) != self.out:
+            raise Declined("weights of labels that are not as many as the outputs are not compiled")
         self.watch(step)
         self.runner = Runner(self.dtype, whole=takes_all(self.layers))
         self.gradients = np.zeros(self.flat.W.size, self.dtype)
         self.programs: dict[Any, Program] = {}
-        self.out = self.stages[-1].out
 
     def still_holds(self, xp: Namespace, step: TrainingStep) -> bool:
         """Whether model, optimizer and loss are what this was made for; parameters that were assigned are copied in."""
