@@ -99,7 +99,8 @@ class LossScale:
         Raises as `optimizer.step` does, before anything is changed.
         """
         gradients = stored_gradients(model) if grads is None else grads
-        optimizer.bind(model, gradients)  # which raises for what does not fit
+        if hasattr(optimizer, "bind"):  # which raises for what does not fit; an optimizer of the user's own may have none
+            optimizer.bind(model, gradients)
         verdict = self.judge(None, gradients.values())
         optimizer.step(model, gradients, where=verdict.apply, scale=verdict.scale)
 

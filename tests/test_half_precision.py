@@ -414,6 +414,25 @@ def test_a_model_that_is_frozen_altogether_is_told_in_words(backend, by):
     assert scale.read() == (65536.0, 0)
 
 
+class Counting:
+    """An optimizer with what `Optimizer` asks for, and no more."""
+
+    steps = 0
+
+    def step(self, model, grads=None, *, where=None, scale=None):
+        self.steps += bool(where)
+        self.scale = float(scale)
+
+
+@half
+def test_a_loop_by_hand_takes_an_optimizer_of_ones_own(backend):
+    model, (X, y), scale, optimizer = network(backend), batch(backend), LossScale(), Counting()
+    Z, caches = model.forward(X)
+    _, dZ = scale.scaled(SoftmaxCrossEntropy(), Z, y)
+    scale.step(optimizer, model, model.gradients(dZ, caches, needs_dX=False)[1])
+    assert (optimizer.steps, optimizer.scale, scale.read()) == (1, 65536.0, (65536.0, 1))
+
+
 @half
 @every_rule
 def test_state_dicts_pickles_and_copies_keep_masters(backend, rule):
