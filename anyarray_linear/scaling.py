@@ -99,13 +99,19 @@ class LossScale:
         Raises as `optimizer.step` does, before anything is changed.
         """
         gradients = stored_gradients(model) if grads is None else grads
-        optimizer.bind(model, gradients)  # which raises for what does not fit
+        if hasattr(optimizer, "bind"):  # which raises for what does not fit; an optimizer of the user's own may have none
+            optimizer.bind(model, gradients)
         verdict = self.judge(None, gradients.values())
         optimizer.step(model, gradients, where=verdict.apply, scale=verdict.scale)
 
     def judge(self, value: Array | None, gradients: Iterable[Array]) -> Verdict:
-        """Whether a step may be applied, by its loss, if given, and its scaled gradients; brings the scale up to date."""
+        """Whether a step may be applied, by its loss, if given, and its scaled gradients; brings the scale up to date.
+
+        Raises `ValueError` where there are no gradients.
+        """
         gradients = list(gradients)
+        if not gradients:
+            raise ValueError("there are no gradients, so no parameters to update; set trainable = True on layers to train")
         place = self._move_to(gradients[0])
         with place.without_graph(), place.entered():
             verdict: Verdict = place.run(scale_judged, self, value, gradients)

@@ -399,6 +399,41 @@ def test_a_loop_by_hand_with_a_scale_is_one_without_in_every_dtype_and_skips_wha
 
 
 @half
+@pytest.mark.parametrize("by", ["a training step", "fit", "hand"])
+def test_a_model_that_is_frozen_altogether_is_told_in_words(backend, by):
+    model, (X, y), loss, scale = network(backend), batch(backend), SoftmaxCrossEntropy(), LossScale()
+    for layer in model:
+        layer.trainable = False
+    train = {
+        "a training step": lambda: TrainingStep(model, loss, SGD(0.1), loss_scale=scale)(X, y),
+        "fit": lambda: fit(model, X, y, loss=loss, optimizer=SGD(0.1), loss_scale=scale, epochs=1, progress=False),
+        "hand": lambda: scale.step(SGD(0.1), model),
+    }[by]
+    with pytest.raises(ValueError, match="no parameters to update"):
+        train()
+    assert scale.read() == (65536.0, 0)
+
+
+class Counting:
+    """An optimizer with what `Optimizer` asks for, and no more."""
+
+    steps = 0
+
+    def step(self, model, grads=None, *, where=None, scale=None):
+        self.steps += bool(where)
+        self.scale = float(scale)
+
+
+@half
+def test_a_loop_by_hand_takes_an_optimizer_of_ones_own(backend):
+    model, (X, y), scale, optimizer = network(backend), batch(backend), LossScale(), Counting()
+    Z, caches = model.forward(X)
+    _, dZ = scale.scaled(SoftmaxCrossEntropy(), Z, y)
+    scale.step(optimizer, model, model.gradients(dZ, caches, needs_dX=False)[1])
+    assert (optimizer.steps, optimizer.scale, scale.read()) == (1, 65536.0, (65536.0, 1))
+
+
+@half
 @every_rule
 def test_state_dicts_pickles_and_copies_keep_masters(backend, rule):
     def go_on(model, optimizer):

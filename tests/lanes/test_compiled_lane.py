@@ -23,6 +23,7 @@ from anyarray_linear import (
     Adam,
     AdamW,
     BinaryCrossEntropy,
+    Device,
     Linear,
     MeanSquaredError,
     ReLU,
@@ -475,6 +476,15 @@ def test_what_does_not_fit_is_told_as_ever_and_changes_nothing(X, y):
     assert compiled.optimizer.steps == steps_before
 
 
+@pytest.mark.parametrize("count", [3, 5])
+def test_weights_of_labels_that_are_too_few_or_too_many_are_told_as_ever(count):
+    step = step_of(loss=lambda: BinaryCrossEntropy([2.0] * count))
+    before = weights(step)
+    with pytest.raises(ValueError, match=f"positive_weights has {count} numbers, but Z has 4 columns"):
+        step(random(3, 6), np.zeros((3, 4), bool))
+    assert_same_bits(weights(step), before)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # what changes between steps
 
@@ -509,14 +519,19 @@ def change_frozen(step):
     step.model[0].W = np.ones_like(step.model[0].W)
 
 
+def change_loss(step):
+    step.loss = SoftmaxCrossEntropy(label_smoothing=0.5)
+
+
 def restore_state(step):
     step.optimizer.load_state_dict(step.optimizer.state_dict())
 
 
 @pytest.mark.parametrize(
     "change",
-    [change_rate, change_clipping, change_momentum, change_weights, change_bias, freeze, change_frozen, restore_state],
-)
+    [change_rate, change_clipping, change_momentum, change_weights, change_bias, freeze, change_frozen, change_loss,
+     restore_state],
+)  # fmt: skip
 def test_changes_between_steps_are_noticed(change, dtype):
     X, y = random(8, 6, dtype=dtype), np.arange(8) % 4
     compiled, portable = (step_of(optimizer=SGD(0.1, momentum=0.9), dtype=dtype) for _ in range(2))
@@ -530,6 +545,49 @@ def test_changes_between_steps_are_noticed(change, dtype):
                 step(X, y)
     assert compiled.how.startswith("compiled"), compiled.how
     for name, W in weights(compiled).items():
+        assert np.abs(W - weights(portable)[name]).max() <= gamma(4000, unit_roundoff(dtype)), name
+
+
+def test_another_loss_model_guard_or_function_of_gradients_is_taken():
+    X, y, targets = random(8, 6), np.arange(8) % 4, random(8, 4)
+    step, portable = step_of(), step_of()
+    step(X, y)
+    with lanes.off():
+        portable(X, y)
+    step.loss = portable.loss = MeanSquaredError()
+    value = step(X, targets)
+    assert step.how.startswith("compiled")
+    with lanes.off():
+        assert abs(value - portable(X, targets)) <= 1e-5
+    for name, W in weights(step).items():
+        assert np.abs(W - weights(portable)[name]).max() <= 1e-5
+    calls = []
+    step.gradients = lambda *arguments: calls.append(1) or steps.loss_and_gradients(*arguments)
+    step(X, targets)
+    assert calls
+    assert "gradients of one's own" in step.how
+    step.gradients = steps.loss_and_gradients
+    step.guard = type("Own", (Guard,), {"judge": lambda *arguments: np.asarray(False)})(Device.of(X), X.dtype, 0)
+    before = weights(step)
+    step(X, targets)
+    assert_same_bits(weights(step), before)
+    assert "a guard of one's own" in step.how
+    step.guard, step.model = None, model_of((6, 5, 4), ReLU)
+    with pytest.raises(ValueError, match="belongs to the model it stepped first"):
+        step(X, targets)
+
+
+def test_a_frozen_layer_of_any_layout_is_taken_or_left_to_the_definition(dtype):
+    X, y = random(8, 6, dtype=dtype), np.arange(8) % 4
+    step, portable = (step_of(dtype=dtype) for _ in range(2))
+    for each, switch in ((step, np.errstate), (portable, lanes.off)):
+        each.model[0].trainable = False
+        with switch():
+            each(X, y)
+            each.model[0].W = np.asfortranarray(random(5, 6, dtype=dtype))
+            each(X, y)
+    assert step.how == "portable: a parameter that is not contiguous is not compiled"
+    for name, W in weights(step).items():
         assert np.abs(W - weights(portable)[name]).max() <= gamma(4000, unit_roundoff(dtype)), name
 
 

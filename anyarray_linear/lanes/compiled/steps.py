@@ -54,6 +54,7 @@ class Plan:
 
     def __init__(self, xp: Namespace, step: TrainingStep) -> None:
         model, optimizer = step.model, step.optimizer
+        self.model, self.loss, self.guard = model, step.loss, step.guard
         self.rule, self.loss_kind = rule_of(optimizer), loss_kind(step.loss)
         self.bound = optimizer.bind(model)
         self.flat = flat_of(xp, self.bound)
@@ -68,18 +69,25 @@ class Plan:
         self.width = width_of(self.layers)
         self.stages: list[Stage] = stages_of(model, self.width)
         self.frozen = {id(layer) for layer in self.layers} - trained
-        if any(W.dtype != self.dtype for layer in self.layers for W in layer.parameters().values()):
+        arrays = [W for layer in self.layers for W in layer.parameters().values()]
+        if any(W.dtype != self.dtype for W in arrays):
             raise Declined("layers of several dtypes are not compiled")
+        if not all(W.flags.c_contiguous for W in arrays):  # a frozen one; of the others there are copies
+            raise Declined("a parameter that is not contiguous is not compiled")
+        self.out = self.stages[-1].out
+        if self.positive is not None and len(self.positive) != self.out:
+            raise Declined("weights of labels that are not as many as the outputs are not compiled")
         self.watch(step)
         self.runner = Runner(self.dtype, whole=takes_all(self.layers))
         self.gradients = np.zeros(self.flat.W.size, self.dtype)
         self.programs: dict[Any, Program] = {}
-        self.out = self.stages[-1].out
 
     def still_holds(self, xp: Namespace, step: TrainingStep) -> bool:
         """Whether model, optimizer and loss are what this was made for; parameters that were assigned are copied in."""
         if self.is_as_left(step):
             return True
+        if not self.is_of(step):
+            return False
         bound = step.optimizer.bind(step.model)
         if flat_of(xp, bound) is not self.flat or bound.leaves != self.bound.leaves:
             return False
@@ -93,6 +101,13 @@ class Plan:
         self.watch(step)
         return True
 
+    def is_of(self, step: TrainingStep) -> bool:
+        """Whether the step has the parts still that this was made of, whatever was assigned in them."""
+        return (
+            step.model is self.model and step.loss is self.loss and step.guard is self.guard
+            and step.gradients is loss_and_gradients
+        )  # fmt: skip
+
     def watch(self, step: TrainingStep) -> None:
         """What is looked at before each step."""
         self.watched = [
@@ -103,6 +118,8 @@ class Plan:
 
     def is_as_left(self, step: TrainingStep) -> bool:
         """Whether nothing was assigned since: a glance at every attribute that matters."""
+        if not self.is_of(step):
+            return False
         optimizer = step.optimizer
         if optimizer.bound is not self.bound or optimizer.moment_names != self.bound.moment_names:
             return False
