@@ -274,6 +274,15 @@ def test_a_state_that_no_scale_can_have_is_refused():
     assert scale.read() == (2.0**16, 0)
 
 
+@pytest.mark.parametrize("wrong", [1024.0, "dynamic", True, LossScale], ids=str)
+def test_what_is_no_scale_is_told_before_training(wrong):
+    model, X, y = Linear(6, 3, seed=0), np.zeros((8, 6)), np.zeros(8, int)
+    with pytest.raises(TypeError, match="give a LossScale, such as"):
+        TrainingStep(model, SoftmaxCrossEntropy(), SGD(0.1), loss_scale=wrong)
+    with pytest.raises(TypeError, match="give a LossScale, such as"):
+        fit(model, X, y, loss=SoftmaxCrossEntropy(), optimizer=SGD(0.1), loss_scale=wrong, progress=False)
+
+
 def test_float32_models_have_no_scale_and_the_same_bits():
     model = Sequential(Linear(6, 3, seed=0)).to(dtype="float32")
     step = TrainingStep(model, SoftmaxCrossEntropy(), SGD(0.1), loss_scale=LossScale(4.0))
