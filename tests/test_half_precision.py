@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import pickle
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -358,6 +359,17 @@ def test_weights_that_somebody_changed_are_the_new_masters(backend, how):
     np.testing.assert_array_equal(now["W"], new - np.float32(2.0**-12))
     np.testing.assert_array_equal(half_of(backend, model.W), now["W"].astype(np.float16))
     assert now["b"][0, 0] == (-4 if how != "restored" else -1) * np.float32(2.0**-12)
+
+
+@pytest.mark.parametrize(("scale", "dtype", "found"), [(4.0, "float64", "float64 of shape ()"), (4, "int64", "int64 of shape ()"),
+                                                    ([4.0], "float32", "float32 of shape (1,)")])  # fmt: skip
+def test_a_scale_of_another_dtype_or_shape_is_refused(backend, scale, dtype, found):
+    layer, optimizer = Linear(2, 2, bias=False, seed=0).to(backend.device, "float32"), SGD(1.0)
+    before = backend.to_numpy(layer.W).copy()
+    with pytest.raises(ValueError, match=re.escape(f"scale is {found}; it must be a 0-d float32")):
+        optimizer.step(layer, {"W": backend.asarray(np.ones((2, 2)), "float32")}, scale=backend.asarray(scale, dtype))
+    assert optimizer.steps == 0
+    np.testing.assert_array_equal(backend.to_numpy(layer.W), before)
 
 
 @half
