@@ -582,6 +582,21 @@ def test_bad_csv_is_refused_by_line_and_column(tmp_path, text, says):
     assert len(line) < 400 + len(str(path))
 
 
+def test_arguments_of_the_wrong_kind_are_refused_by_name(tmp_path):
+    path = write(tmp_path, "a,b,kind\n1,2,x\n1,3,y\n")
+    for wrong, words in (
+        ({"target": 2}, "^target is 2; give the name of a column"),
+        ({"drop": "a"}, r"^drop is 'a', a single str; give a list of names: drop=\['a'\]$"),
+        ({"features": "a"}, r"features=\['a'\]$"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            load_data(path, **wrong)
+    with pytest.raises(TypeError, match=r"^X is a list, not an array"):
+        split([[1.0], [2.0]], np.array([0, 1]))
+    with pytest.raises(TypeError, match=r"^y is a list, not an array"):
+        split(np.ones((2, 1)), [0, 1])
+
+
 def code_for(load, path, *args) -> str:
     with pytest.raises(DataError) as refused:
         load(path, *args)
