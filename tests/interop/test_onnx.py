@@ -315,7 +315,7 @@ def test_what_onnx_cannot_express_is_refused(model, message, tmp_path):
 
 
 def test_what_is_no_model_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="^model is a str; give an object such as"):
+    with pytest.raises(TypeError, match=r"^model is a str; give an object such as"):
         export_onnx("model.onnx", Linear(1, 1))
 
 
