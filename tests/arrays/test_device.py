@@ -287,7 +287,7 @@ def test_a_block_makes_its_device_current_and_restores_the_one_before(cupy: Any)
 
 
 def test_blocks_in_two_threads_do_not_meet(cupy: Any) -> None:
-    device, both, seen = select_device("cuda:1"), threading.Barrier(2, timeout=20), []
+    device, both, seen = select_device("cuda:1"), threading.Barrier(2, timeout=240), []
 
     def nest(outer: int) -> None:
         cupy.cuda.runtime.setDevice(outer)

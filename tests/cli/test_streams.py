@@ -27,7 +27,7 @@ def command(line, cwd, **environment):
     """A line of a shell, in which `anyarray-linear` is this package."""
     line = line.replace("anyarray-linear", f"'{sys.executable}' -m anyarray_linear")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    return subprocess.run(["bash", "-c", line], cwd=cwd, env=environment, capture_output=True, timeout=100, check=False)
+    return subprocess.run(["bash", "-c", line], cwd=cwd, env=environment, capture_output=True, timeout=240, check=False)
 
 
 def run_in(encoding, *arguments, monkeypatch, isatty=False):
