@@ -126,7 +126,8 @@ class Rule:
         Gradients of float16 parameters may be float16 or float32.
 
         Raises `ValueError` or `TypeError`, before anything is changed, for another model than the first one, and for a
-        gradient that is missing, unknown, or of another shape, dtype or device than its parameter, and for a wrong `where`.
+        gradient that is missing, unknown, or of another shape, dtype or device than its parameter, and for a wrong `where`
+        or `scale`.
         """
         gradients = stored_gradients(model) if grads is None else grads
         by = self.scalars(self.learning_rate(), self.steps + 1)
@@ -140,6 +141,9 @@ class Rule:
         if scale is not None:
             check_array("scale", scale)
             check_place("the model", bound.parameters[0], "scale", scale)
+            if scale.shape != () or dtype_name(scale.dtype) != "float32":
+                kind = f"{dtype_name(scale.dtype)} of shape {tuple(scale.shape)}"
+                raise ValueError(f"scale is {kind}; it must be a 0-d float32, as LossScale has it")
         with bound.place.without_graph():
             bound.place.run(apply_update, self, bound, gradients, by, where, scale)
         self.stepped(model, bound)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
-from .arrays.checks import check_alike
+from .arrays.checks import check_alike, describe
 from .arrays.place import Array, computing_on
 from .linear import Linear
 from .protocol import Layer, is_trained, join, leaves, parameters, store_gradients
@@ -45,7 +45,7 @@ class Sequential:
     def __init__(self, *layers: Layer) -> None:
         for i, layer in enumerate(layers):
             if isinstance(layer, type) or not isinstance(layer, Layer):
-                what = f"the class {layer.__name__}" if isinstance(layer, type) else f"a {type(layer).__name__}"
+                what = f"the class {layer.__name__}" if isinstance(layer, type) else describe(layer)
                 raise TypeError(
                     f"layer {i} is {what}, not a layer; give layer objects: Sequential(Linear(3, 4), ReLU())"
                 )

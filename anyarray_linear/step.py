@@ -84,7 +84,7 @@ class TrainingStep:
 
     `how` says by what the last step ran: `"portable"`, `"compiled"` or `"captured"`, and why by nothing faster.
 
-    Raises `TypeError` for a model without parameters.
+    Raises `TypeError` for a model without parameters, and for a `loss_scale` that is none.
 
     >>> import numpy as np
     >>> from anyarray_linear import SGD, Linear, MeanSquaredError
@@ -107,6 +107,8 @@ class TrainingStep:
     ) -> None:
         if not parameters(model):
             raise TypeError(f"model is {model!r:.80}, which has no parameters to train")
+        if loss_scale is not None and not isinstance(loss_scale, LossScale):
+            raise TypeError(f"loss_scale is {loss_scale!r:.60}; give a LossScale, such as LossScale(2.0**10), or None")
         self.model: Any = model  # lanes look for what theirs have besides
         self.loss: Any = loss
         self.optimizer: Any = optimizer

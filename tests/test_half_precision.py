@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import pickle
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -274,6 +275,15 @@ def test_a_state_that_no_scale_can_have_is_refused():
     assert scale.read() == (2.0**16, 0)
 
 
+@pytest.mark.parametrize("wrong", [1024.0, "dynamic", True, LossScale], ids=str)
+def test_what_is_no_scale_is_told_before_training(wrong):
+    model, X, y = Linear(6, 3, seed=0), np.zeros((8, 6)), np.zeros(8, int)
+    with pytest.raises(TypeError, match="give a LossScale, such as"):
+        TrainingStep(model, SoftmaxCrossEntropy(), SGD(0.1), loss_scale=wrong)
+    with pytest.raises(TypeError, match="give a LossScale, such as"):
+        fit(model, X, y, loss=SoftmaxCrossEntropy(), optimizer=SGD(0.1), loss_scale=wrong, progress=False)
+
+
 def test_float32_models_have_no_scale_and_the_same_bits():
     model = Sequential(Linear(6, 3, seed=0)).to(dtype="float32")
     step = TrainingStep(model, SoftmaxCrossEntropy(), SGD(0.1), loss_scale=LossScale(4.0))
@@ -349,6 +359,17 @@ def test_weights_that_somebody_changed_are_the_new_masters(backend, how):
     np.testing.assert_array_equal(now["W"], new - np.float32(2.0**-12))
     np.testing.assert_array_equal(half_of(backend, model.W), now["W"].astype(np.float16))
     assert now["b"][0, 0] == (-4 if how != "restored" else -1) * np.float32(2.0**-12)
+
+
+@pytest.mark.parametrize(("scale", "dtype", "found"), [(4.0, "float64", "float64 of shape ()"), (4, "int64", "int64 of shape ()"),
+                                                    ([4.0], "float32", "float32 of shape (1,)")])  # fmt: skip
+def test_a_scale_of_another_dtype_or_shape_is_refused(backend, scale, dtype, found):
+    layer, optimizer = Linear(2, 2, bias=False, seed=0).to(backend.device, "float32"), SGD(1.0)
+    before = backend.to_numpy(layer.W).copy()
+    with pytest.raises(ValueError, match=re.escape(f"scale is {found}; it must be a 0-d float32")):
+        optimizer.step(layer, {"W": backend.asarray(np.ones((2, 2)), "float32")}, scale=backend.asarray(scale, dtype))
+    assert optimizer.steps == 0
+    np.testing.assert_array_equal(backend.to_numpy(layer.W), before)
 
 
 @half

@@ -301,7 +301,8 @@ def test_caches_of_another_model_are_refused(backend):
         ((ReLU(), None), "layer 1 is a NoneType"),
         ((ReLU(), Linear), "layer 1 is the class Linear"),
         ((ReLU(), len), "layer 1 is a builtin_function_or_method"),
-        ((np.ones(3),), "layer 0 is a ndarray"),
+        ((np.ones(3),), "layer 0 is a numpy array on cpu"),
+        ((np.random.default_rng(0),), "layer 0 is a numpy Generator"),  # whose it is: torch has a Linear too
     ],
 )
 def test_what_is_no_layer_is_refused_by_position(layers, words):

@@ -7,14 +7,19 @@ it.
 
 from __future__ import annotations
 
+from typing import Any
+
 from .place import FLOAT_DTYPES, NOWHERE, Array, peculiar, place_of
+
+_UNSAID = ("builtins", "__main__", __name__.partition(".")[0])
 
 
 def describe(x: object) -> str:
     """What `x` is, for an error message: `"a cupy array on cuda:1"`."""
     place = place_of(x)
     if place is NOWHERE:
-        return f"a {type(x).__name__}"
+        library = type(x).__module__.partition(".")[0]
+        return f"a {type(x).__name__}" if library in _UNSAID else f"a {library} {type(x).__name__}"
     if place.library == "numpy":
         return f"a {type(x).__module__.partition('.')[0]} array on cpu"
     if place.device is None:
@@ -35,6 +40,13 @@ def check_array(name: str, x: object) -> None:
         f"{name} is {describe(x)}, not an array; make it one with numpy.asarray({name}, dtype=...) "
         "or the asarray of the library and device that you compute with"
     )
+
+
+def check_object(name: str, value: Any, methods: tuple[str, ...], example: str) -> None:
+    """Raise `TypeError` unless `value` is an object with these methods, and no class."""
+    if isinstance(value, type) or not all(callable(getattr(value, method, None)) for method in methods):
+        what = f"the class {value.__name__}" if isinstance(value, type) else describe(value)
+        raise TypeError(f"{name} is {what}; give an object such as {example}")
 
 
 def check_float(name: str, x: Array) -> None:

@@ -23,7 +23,6 @@ from .checks import describe
 from .device import Device, cpu_device, cuda_device
 from .doctor import count, examine, once
 from .operations import lanes_are_on
-from .place import is_array
 
 
 class DeviceUnavailableError(RuntimeError):
@@ -90,8 +89,8 @@ def _selected(spec: str | Device) -> Device:
         return spec
     origin, reason = "device", "it was asked for"
     if not isinstance(spec, str):
-        cure = "; for the device of an array, give Device.of(the array)" if is_array(spec) else ""
-        raise ValueError(f'device is {describe(spec)}; expected "auto", "cpu", "cuda", "cuda:1" or a Device{cure}')
+        cure = "for the device of an array, give Device.of(the array)"
+        raise ValueError(f'device is {describe(spec)}; expected "auto", "cpu", "cuda", "cuda:1" or a Device; {cure}')
     if spec == "auto" and (asked := os.environ.get("ANYARRAY_DEVICE", "")):
         spec, origin, reason = asked, "ANYARRAY_DEVICE", f"ANYARRAY_DEVICE is {asked}"
     if spec == "auto":

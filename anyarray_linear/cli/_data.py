@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays.words import printable
-from ..datasets import Data, Reading, load_digits, read_data, split
+from ..datasets import Data, DataError, Reading, load_digits, read_data, split
 from ._common import bad
 from ._streams import if_heard
 
@@ -89,7 +89,11 @@ def rows_of_parts(y: Host, options: Any) -> dict[str, Host]:
     parts, rows = {}, np.arange(len(y))
     for name in ("test", "validation"):
         if fraction := getattr(options, name):
-            rows, _, parts[name], _ = split(rows, y[rows], test=fraction, seed=options.seed)
+            try:
+                rows, _, parts[name], _ = split(rows, y[rows], test=fraction, seed=options.seed)
+            except DataError as error:
+                how = "give more data, or another fraction (0: none)"
+                raise bad(name, f"{fraction} of {len(rows)} samples leaves one part empty; {how}") from error
     return dict(reversed({**parts, "train": rows}.items()))
 
 

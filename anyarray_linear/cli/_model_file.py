@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -19,6 +20,8 @@ def model_file(given: Path) -> Path:
     The weights of a run's checkpoints are those of training: for scaled features, and without the names of the classes.
     """
     if not given.is_dir():
+        if given.suffix.lower() in (".csv", ".tsv", ".gz", ".npz", ".npy"):
+            raise CheckpointError(f"{given} is data, and no model; MODEL, a {_MODEL} or the folder of a run, comes first")
         if given.is_file() and is_checkpoint(given):
             raise CheckpointError(f"{given} is a checkpoint to go on training from, and no model; {_instead(given.parent)}")
         return given
@@ -28,7 +31,9 @@ def model_file(given: Path) -> Path:
         raise CheckpointError(f"{given} holds checkpoints to go on training from, and no model; {_instead(given)}")
     if checkpoints(given / CHECKPOINTS):
         raise CheckpointError(f"{given} holds a run that has no model yet; {_written_by(given)}")
-    return given / _MODEL
+    runs = sorted(given.glob(f"*/{_MODEL}"), key=os.path.getmtime)
+    such = f", such as {runs[-1].parent}, the newest in it" if runs else ""
+    raise CheckpointError(f"{given} holds no {_MODEL}; give the folder of a run{such}")
 
 
 def _instead(folder: Path) -> str:

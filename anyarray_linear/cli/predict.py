@@ -131,7 +131,7 @@ def _csv(Z: Host, classes: list[str] | None, probabilities: bool) -> str:
     writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if odd else csv.QUOTE_MINIMAL)
     if classes is None:
         writer.writerow(["prediction"] if Z.shape[1] == 1 else [f"prediction_{i}" for i in range(Z.shape[1])])
-        writer.writerows(Z.tolist())
+        writer.writerows(Z.astype(str))  # the digits that the dtype has
         return file.getvalue()
     labels = [classes[i] for i in Z.argmax(axis=1)]
     if not probabilities:
@@ -140,5 +140,5 @@ def _csv(Z: Host, classes: list[str] | None, probabilities: bool) -> str:
         return file.getvalue()
     P = softmax(Z.astype(np.float64))
     writer.writerow(["prediction", *(f"probability_{name}" for name in classes)])
-    writer.writerows([label, *row] for label, row in zip(labels, P.tolist(), strict=True))
+    writer.writerows([label, *row] for label, row in zip(labels, P.astype(Z.dtype).astype(str), strict=True))
     return file.getvalue()

@@ -216,4 +216,4 @@ def _print(report: dict[str, Any]) -> None:
         console.print(f"not verified: {name}: {why}", markup=False, soft_wrap=True)
     for complaint in report["complaints"]:
         print(complaint, file=sys.stderr)
-    console.print("All within the bounds." if report["ok"] else "[red]NOT within the bounds.[/]")
+    console.print("All within the bounds." if all(row["ok"] for row in report["rows"]) else "[red]NOT within the bounds.[/]")

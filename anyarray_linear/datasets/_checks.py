@@ -14,7 +14,11 @@ from ..arrays.place import Array
 from ..arrays.words import printable
 
 Task = Literal["classification", "regression"]
+IMPORTS = "docs/data.md has the imports"
+"""What is said of lines of code for scikit-learn."""
 TEXTS = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+PANDAS = {".parquet": "read_parquet", ".feather": "read_feather", ".xlsx": "read_excel", ".xls": "read_excel"}
+"""What reads the tables that are not read here."""
 
 
 class DataError(ValueError):
@@ -72,7 +76,10 @@ def check_file(path: str | os.PathLike[str]) -> Path:
     if path.suffix.lower() == ".npy":
         raise refusal(path, "is a single array; write both with numpy.savez('data.npz', X=X, y=y)")
     if not (is_npz(path) or path.name.lower().endswith(TEXTS)) or not stat.S_ISREG(status.st_mode):
-        raise refusal(path, "is neither a .npz nor a .csv file (or .tsv, .csv.gz, .tsv.gz); convert it to one of them")
+        reader = PANDAS.get(path.suffix.lower())
+        convert = (f"pandas.{reader}({str(path)!r}).to_csv('data.csv', index=False)",) if reader else ()
+        how = "convert it to one of them" + (", by pandas:" if reader else "")
+        raise refusal(path, f"is neither a .npz nor a .csv file (or .tsv, .csv.gz, .tsv.gz); {how}", *convert)
     if status.st_size == 0:
         raise refusal(path, "is empty; write it again")
     return path
@@ -97,10 +104,10 @@ def check_finite(path: Path, x: Array, where: Callable[..., str], code: tuple[st
     finite = np.isfinite(x)
     if not finite.all():
         at = np.unravel_index(int(finite.argmin()), x.shape)
+        code = code if np.isnan(x[at]) else ()
         cure = "remove that sample or put in a finite number"
-        if not np.isnan(x[at]) or not code:
-            raise refusal(path, f"{where(*map(int, at))} is {x[at]}; {cure}")
-        raise refusal(path, f"{where(*map(int, at))} is nan; {cure}, or let scikit-learn fill in such cells:", *code)
+        cure += f", or let scikit-learn fill in such cells ({IMPORTS}):" if code else ""
+        raise refusal(path, f"{where(*map(int, at))} is {x[at]}; {cure}", *code)
 
 
 def as_features(path: Path, X: Array, where: Callable[..., str], code: tuple[str, ...] = ()) -> Array:

@@ -44,9 +44,9 @@ class Layout(NamedTuple):
         return f"column {index + 1}" if self.names is None else f"column {self.names[index]!r:.42}"
 
     @property
-    def target_name(self) -> str | None:
-        """The target's column, if columns have names."""
-        return None if self.names is None or self.target is None else self.names[self.target]
+    def target_name(self) -> str | int | None:
+        """The target's column as pandas calls it: by its name, or its index where columns have none."""
+        return self.target if self.names is None or self.target is None else self.names[self.target]
 
 
 class Table(NamedTuple):

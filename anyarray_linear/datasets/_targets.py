@@ -82,7 +82,8 @@ def of_numbers(
 
 def _several(path: Path, y: Array, task: Task | None, where: Callable[..., str]) -> Target:
     """Rows of numbers to predict."""
-    if task == "classification" or (task is None and y.dtype.kind in "biu"):
+    one_hot = ((y == 0) | (y == 1)).all() and (y.sum(axis=1) == 1).all()
+    if task == "classification" or (task is None and (y.dtype.kind in "biu" or one_hot)):
         raise refusal(
             path,
             f"y has shape {y.shape} but class ids have (samples,); save y.argmax(axis=1) if it is one-hot, "

@@ -44,8 +44,10 @@ def atomic_write(
         data = buffer.getvalue()
     replaced = target.exists() and not target.is_symlink()
     if replaced and not target.is_file():
-        error = IsADirectoryError if target.is_dir() else OSError
-        raise error(errno.EISDIR if target.is_dir() else errno.EINVAL, "this is no file to be replaced", str(target))
+        if target.is_dir():
+            what = "this is no file to be replaced, but a folder; give the name of a file"
+            raise IsADirectoryError(errno.EISDIR, what, str(target))
+        raise OSError(errno.EINVAL, "this is no file to be replaced", str(target))
     part = target.with_name(f".{os.urandom(6).hex()}.part")
     try:
         try:

@@ -74,7 +74,8 @@ def read(path: str | os.PathLike[str], needed: Callable[[dict[str, Any] | None],
 
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise CheckpointError(f"{path} is no regular file")
+        inside = f", but a folder; give the file in it, such as {os.path.join(path, 'model.safetensors')}"
+        raise CheckpointError(f"{path} is no regular file{inside if stat.S_ISDIR(status.st_mode) else ''}")
     with open(path, "rb") as file:
         start = file.read(8)
         size = int.from_bytes(start, "little")

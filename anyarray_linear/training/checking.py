@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.checks import check_array
+from ..arrays.checks import check_array, check_object
 from ..arrays.device import Device
 from ..arrays.dtypes import wide
 from ..arrays.place import Array, computing_on, dtype_name, namespace
@@ -54,26 +54,19 @@ def _check_there(name: str, x: Array) -> None:
     )
 
 
-def _check_object(name: str, value: Any, methods: tuple[str, ...], example: str) -> None:
-    """Raise `TypeError` unless `value` is an object with these methods, and no class."""
-    if isinstance(value, type) or not all(callable(getattr(value, method, None)) for method in methods):
-        what = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
-        raise TypeError(f"{name} is {what}; give an object such as {example}")
-
-
 def check_model(model: Any) -> None:
-    _check_object("model", model, ("forward", "gradients", "parameters", "__call__"), "Sequential(Linear(4, 3), ReLU())")
+    check_object("model", model, ("forward", "gradients", "parameters", "__call__"), "Sequential(Linear(4, 3), ReLU())")
 
 
 def check_loss(loss: Any) -> None:
-    _check_object("loss", loss, ("forward", "backward"), "SoftmaxCrossEntropy()")
+    check_object("loss", loss, ("forward", "backward"), "SoftmaxCrossEntropy()")
 
 
 def check_parts(model: Any, loss: Any, optimizer: Any, callbacks: Any) -> None:
     """What has to do with training is what it should be, and not its class."""
     check_model(model)
     check_loss(loss)
-    _check_object("optimizer", optimizer, ("step", "learning_rate"), "Adam(lr=1e-3)")
+    check_object("optimizer", optimizer, ("step", "learning_rate"), "Adam(lr=1e-3)")
     if not parameters(model):
         raise ValueError(f"model is {model!r:.80}, which has no parameters to train")
     for name, W in parameters(model).items():
@@ -138,6 +131,13 @@ def _check_weights(loss: Any, data: Data) -> None:
         raise ValueError(f"sample_weight has values from {low:g} to {top:g}; none may be negative, and not all may be 0")
 
 
+def _check_targets(loss: Any, y: Array, Z: Array) -> None:
+    if hasattr(loss, "check"):
+        loss.check(y, Z)
+    elif hasattr(loss, "check_ids") and not is_float(y) and y.ndim == Z.ndim - 1:
+        loss.check_ids(y, Z.shape[-1])
+
+
 def _try_out(model: Any, loss: Any, device: Device, batch: Any, whole: tuple[Array, Array], names: tuple[str, str]) -> None:
     """Run one row through model and loss, and let the loss look at all targets; errors speak of what the caller gave."""
     X, y, weights = batch
@@ -146,14 +146,15 @@ def _try_out(model: Any, loss: Any, device: Device, batch: Any, whole: tuple[Arr
             Z = model(X)
             with computing_on(Z) as xp:
                 Z = wide(xp, Z)  # as losses are trained with
+            are_ids = hasattr(loss, "check_ids") and not is_float(y) and y.ndim == Z.ndim - 1
+            if are_ids:  # first: `forward` would speak of one row's
+                _check_targets(loss, whole[1], Z)
             if weights is None:
                 loss.forward(Z, y)
             else:
                 loss.forward(Z, y, weights * 0 + 1)  # this one row's may be 0
-        if hasattr(loss, "check"):
-            loss.check(whole[1], Z)
-        elif hasattr(loss, "check_ids") and not is_float(y) and y.ndim == Z.ndim - 1:
-            loss.check_ids(whole[1], Z.shape[-1])
+        if not are_ids:
+            _check_targets(loss, whole[1], Z)
     except (TypeError, ValueError) as error:
         if type(error) not in (TypeError, ValueError):
             raise
@@ -162,6 +163,7 @@ def _try_out(model: Any, loss: Any, device: Device, batch: Any, whole: tuple[Arr
             text = f"sample_weight is given, but {loss!r:.60} takes none; give it forward(self, Z, target, weights=None)"
         for one, all_of_it in zip((X, y), whole, strict=True):
             text = text.replace(str(tuple(one.shape)), str(tuple(all_of_it.shape)))
+        text = text.replace(f"target is {dtype_name(y.dtype)}", f"target is {dtype_name(whole[1].dtype)}")  # before its cast
         text = re.sub(r"\(1,", "(N,", text)  # the outputs of the one row
         if not hasattr(error, "layer"):  # of another layer than the first, X is not the caller's
             text = re.sub(r"\bX\b", names[0], text)

@@ -289,6 +289,14 @@ def test_probabilities_do_not_overflow() -> None:
     assert row == {"prediction": "a", "probability_a": "1.0", "probability_b": "0.0"}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_numbers_have_the_digits_of_their_dtype_and_lose_none(dtype: str) -> None:
+    Z = np.array([[98.19576], [1 / 3], [1e-30], [-2.5e20]], dtype)
+    told = [row["prediction"] for row in rows_of(predict._csv(Z, None, False))]
+    np.testing.assert_array_equal(np.array(told).astype(dtype), Z[:, 0])
+    assert told[0] == "98.19576"
+
+
 def test_predict_refuses_what_it_cannot_read_or_may_not_write(run: Callable[..., Outcome], flowers: Path) -> None:
     assert run("train", "--data", flowers, "--target", "kind", "--out", "out", "--epochs", 1, *SMALL).code == 0
     Path("cut.safetensors").write_bytes(Path("out/model.safetensors").read_bytes()[:-10])
@@ -302,6 +310,10 @@ def test_predict_refuses_what_it_cannot_read_or_may_not_write(run: Callable[...,
     assert_refused(run("predict", "out", flowers, "--out", flowers), "--out")
     assert_refused(run("predict", "out", flowers, "--out", "no/folder.csv"), "folder.csv")
     assert_refused(run("predict", "out"), "DATA")
+    assert_refused(run("predict", flowers, "out"), "flowers.csv is data, and no model; MODEL,", "comes first")
+    assert_refused(run("predict", ".", flowers), ". holds no model.safetensors; give the folder of a run, such as out, the newest")
+    assert_refused(run("predict", "out", flowers, "more"), "(more): anyarray-linear predict --help")
+    assert_refused(run("train", flowers), "flowers.csv); data go in by --data FILE")
     assert flowers.read_bytes() == before
 
 
@@ -319,8 +331,8 @@ def test_predict_refuses_what_it_cannot_read_or_may_not_write(run: Callable[...,
         (("--dtype", "float16", "--device", "cpu"), ("float16", "float32")),
         (("--device", "gpu"), ("gpu", "cuda")),
         (("--device", "cuda:99"), ("cuda:99",)),
-        (("--epochs", "0"), ("--epochs",)),
-        (("--epochs", "many"), ("--epochs",)),
+        (("--epochs", "0"), ("--epochs", "'0' should be greater")),
+        (("--epochs", "many"), ("--epochs", "'many' should be")),
         (("--batch-size", "0"), ("--batch-size",)),
         (("--lr", "-1"), ("lr", "-1")),
         (("--lr", "nan"), ("lr", "nan")),
@@ -329,6 +341,7 @@ def test_predict_refuses_what_it_cannot_read_or_may_not_write(run: Callable[...,
         (("--hidden", "0"), ("--hidden",)),
         (("--hidden", "2147483647"), ("out of memory", "--hidden")),
         (("--test", "1"), ("--test", "fraction")),
+        (("--validation", "1e-9"), ("--validation: 1e-09 of 1438 samples leaves one part empty",)),
         (("--validation", "nan"), ("--validation", "fraction")),
         (("--seed", "-1"), ("--seed",)),
         (("--weight-decay", "-1"), ("weight_decay",)),

@@ -537,6 +537,8 @@ def test_a_large_table_is_read_by_numpy_and_says_how_far_it_is(tmp_path, monkeyp
         ("\n \n", "holds blank lines only"),
         ("a,b\n", "has a header but no rows"),
         ("1\n2\n", "has one column only; put the features in the first columns and the target in the last"),
+        ("a|b\n1|2\n", "in the last, with commas, semicolons or tabs between them"),
+        ("kind,a\nx,1\n", "a column of text can be what to predict (target), be left out (drop)"),
         ("a,b\n1,0\n2\n", "line 3 has 1 cells but the first row has 2; give every line the same number"),
         ("a,b\n\n1,0,5\n", "line 3 has 3 cells but the first row has 2"),
         ("1,2,0\n1,x,1\n", "line 2, column 2 is 'x', not a number; write numbers as 1.5 or 2e-3"),
@@ -580,6 +582,27 @@ def test_bad_csv_is_refused_by_line_and_column(tmp_path, text, says):
     assert len(line) < 400 + len(str(path))
 
 
+def code_for(load, path, *args) -> str:
+    with pytest.raises(DataError) as refused:
+        load(path, *args)
+    return "\n".join(getattr(refused.value, "__notes__", ()))
+
+
+def test_code_is_shown_for_training_alone_and_names_the_target(tmp_path):
+    text = "a,b,kind\n1,2,x\n1,,y\n"
+    assert code_for(load_data, write(tmp_path, text)).endswith(".fit(table.drop(columns='kind'), table['kind'])")
+    assert code_for(load_features, write(tmp_path, text), 2) == ""
+    bare = code_for(load_data, write(tmp_path, "1,2,x\n1,,y\n"))
+    assert "pandas.read_csv('data.csv', header=None)" in bare
+    assert bare.endswith(".fit(table.drop(columns=2), table[2])")
+
+
+def test_other_kinds_of_tables_are_refused_with_the_line_that_converts_them(tmp_path):
+    path = write(tmp_path, "PAR1").rename(tmp_path / "a.parquet")
+    assert code_for(load_data, path) == f"  pandas.read_parquet('{path}').to_csv('data.csv', index=False)"
+    assert code_for(load_data, path.rename(tmp_path / "a.json")) == ""
+
+
 def test_csv_target_that_is_no_column_is_refused_with_the_columns(tmp_path):
     path = write(tmp_path, "a,b,c\n1,2,0\n")
     line = message(load_data, path, target="d")
@@ -620,6 +643,7 @@ X, y = np.ones((3, 2)), np.array([0, 1, 1])
         ({"X": X, "y": np.ones((3, 2, 2))}, "y has shape (3, 2, 2) but must be (samples,)"),
         ({"X": X, "y": np.ones((3, 0))}, "y has shape (3, 0) but must be (samples,)"),
         ({"X": X, "y": np.eye(3, dtype=int)}, "y has shape (3, 3) but class ids have (samples,); save y.argmax(axis=1)"),
+        ({"X": X, "y": np.eye(3)}, "y has shape (3, 3) but class ids have (samples,); save y.argmax(axis=1) if it is one-hot"),
         ({"X": X, "y": np.full((3, 2), "a")}, "the text labels have shape (3, 2) but must be (samples,)"),
         ({"X": X, "y": np.array(["a", "b", ""])}, "y[2] is '', as missing values are; name it or remove that sample"),
         ({"X": np.where(np.arange(6).reshape(3, 2) == 3, np.nan, X), "y": y}, "X[1, 1] is nan; remove that sample"),

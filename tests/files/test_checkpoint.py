@@ -929,6 +929,17 @@ def test_a_file_of_a_later_format_asks_for_an_upgrade(tmp_path: Path) -> None:
         load_model(tmp_path / "m")
 
 
+def test_what_is_no_model_is_refused_by_its_argument(tmp_path: Path) -> None:
+    save_model(Linear(2, 1), tmp_path / "m")
+    with pytest.raises(TypeError, match=r"^into is the class Linear; give an object such as Sequential\("):
+        load_model(tmp_path / "m", into=Linear)
+    for wrong in (tmp_path, np.random.default_rng(0)):
+        with pytest.raises(TypeError, match=r"^model is a (pathlib|numpy) "):
+            save_model(wrong, tmp_path / "m")
+    with pytest.raises(CheckpointError, match="no regular file, but a folder; give the file in it, such as"):
+        load_model(tmp_path)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "m")

@@ -387,7 +387,7 @@ def test_the_command_writes_the_file_and_says_so(saved):
         (["junk"], "error: junk is damaged: it is cut short, or no safetensors file"),
         (["run", "run/model.safetensors"], "OUT.onnx: it is the file that is read; give another one"),
         (["run", "nowhere/x.onnx"], "No such file or directory"),
-        (["run", "run"], "this is no file to be replaced"),
+        (["run", "run"], "this is no file to be replaced, but a folder; give the name of a file"),
         (["numbers.safetensors", "--labels"], "--labels: numbers.safetensors has no classes, it predicts numbers"),
         (["numbers.safetensors", "--softmax"], "--softmax: numbers.safetensors has no classes, it predicts numbers"),
     ],

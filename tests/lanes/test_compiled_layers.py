@@ -358,6 +358,30 @@ def test_layers_that_do_not_fit_each_other_are_told_as_ever():
         TrainingStep(model, SoftmaxCrossEntropy(), SGD(0.1))(random(8, 6), np.arange(8) % 3)
 
 
+@pytest.mark.parametrize(("i", "p", "shape"), [
+    (0, "b", (1, 3)), (0, "b", (1, 7)), (0, "b", (5,)), (0, "W", (4, 6)), (1, "b", (3,)), (1, "b", (1, 5)), (1, "W", (6,)),
+])  # fmt: skip
+def test_parameters_that_do_not_fit_each_other_are_told_as_ever(i, p, shape):
+    def make():
+        layers = Linear(6, 5, dtype="float32", seed=0), LayerNorm(5, dtype="float32"), Linear(5, 3, dtype="float32", seed=1)
+        step = TrainingStep(Sequential(*layers), SoftmaxCrossEntropy(), SGD(0.1))
+        step(random(8, 6), np.arange(8) % 3)
+        setattr(step.model[i], p, random(*shape))
+        return step
+
+    def outcome(step):
+        try:
+            return step(random(8, 6), np.arange(8) % 3).shape
+        except ValueError as error:
+            return str(error)
+
+    step = make()
+    found = outcome(step)
+    assert step.how.startswith("portable")
+    with lanes.off():
+        assert found == outcome(make())
+
+
 def test_the_bits_do_not_depend_on_how_many_threads_work():
     library = products.blas()
     if library.set_threads is None:

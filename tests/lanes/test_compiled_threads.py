@@ -11,6 +11,7 @@ from test_compiled_lane import printed, run
 
 from anyarray_linear import SGD, Linear, ReLU, Sequential, SoftmaxCrossEntropy, TrainingStep
 from anyarray_linear.lanes.compiled import blas as products
+from anyarray_linear.lanes.compiled import threads
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 
@@ -173,3 +174,11 @@ def test_small_steps_before_code_is_loaded_take_no_threads_of_numpys_blas_and_la
         library.set_threads(before)
     assert seen[1:] == [expected] * 5  # the first says how large the model is
     assert step.how.startswith("portable: compiled code is for steps that are many")
+
+
+def test_steps_of_one_dtype_share_a_pool_and_none_is_made_for_nothing(monkeypatch):
+    code, made = threads.Code(0, 0, "a code of its own"), []
+    monkeypatch.setattr(threads, "_pools", {})
+    monkeypatch.setattr(threads, "Pool", lambda code: made.append(code) or object())  # the memory of one is never freed
+    assert threads.pool_for(code) is threads.pool_for(code)
+    assert made == [code]

@@ -338,6 +338,9 @@ def test_zero_epochs_train_nothing():
         ({"model": None}, TypeError, "model is a NoneType"),
         ({"loss": SoftmaxCrossEntropy}, TypeError, "loss is the class SoftmaxCrossEntropy; give an object such as"),
         ({"loss": None}, TypeError, "loss is a NoneType"),
+        ({"loss": np.random.default_rng(0)}, TypeError, "loss is a numpy Generator"),
+        ({"y": np.arange(50) % 3 - 1}, ValueError, "class ids from -1 to 1"),  # of all rows
+        ({"y": np.zeros(50)}, TypeError, "y is float64, but class ids are integers"),  # as it was given
         ({"optimizer": SGD}, TypeError, "optimizer is the class SGD; give an object such as"),
         ({"optimizer": None}, TypeError, "optimizer is a NoneType"),
         ({"callbacks": print}, TypeError, "give a list of functions"),

@@ -92,10 +92,12 @@ def stages_of(model: Any, width: int, *, training: bool = True) -> list[Stage]:
     for layer in layers_of(model):
         kind = kind_of(layer)
         if type(layer) in (Linear, LayerNorm):
-            if layer.W.shape[-1] != width:
-                raise Declined("layers that do not fit each other are not compiled")
-            stages.append(Stage(layer, at.NONE, width, int(layer.W.shape[0])))
-            width = stages[-1].out
+            out, b = int(layer.W.shape[0]), layer.b
+            shapes = ((out, width), (1, out)) if type(layer) is Linear else ((width,), (width,))
+            if layer.W.shape != shapes[0] or (b is not None and b.shape != shapes[1]):
+                raise Declined("layers that do not fit each other, or of parameters that do not, are not compiled")
+            stages.append(Stage(layer, at.NONE, width, out))
+            width = out
         elif type(layer) is Dropout:
             if training:
                 stages.append(Stage(None, at.NONE, width, width, layer))

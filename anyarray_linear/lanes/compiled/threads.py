@@ -94,7 +94,9 @@ _making = threading.Lock()
 def pool_for(code: Code) -> Pool:
     """The pool of the process for code of that dtype."""
     with _making:
-        return _pools.setdefault(code.name, Pool(code))
+        if code.name not in _pools:  # the memory of a pool is never freed
+            _pools[code.name] = Pool(code)
+        return _pools[code.name]
 
 
 def _forget() -> None:
