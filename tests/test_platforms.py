@@ -130,4 +130,5 @@ threading.Thread(target=train).start()
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_training_that_outlives_the_main_thread_goes_on(tmp_path, warm):
     done = python(OUTLIVES.replace("WARM", str(warm)), tmp_path)
-    assert (done.stdout, done.stderr) == ("done\n", "")
+    said = [line for line in done.stderr.splitlines() if "compiling" not in line]  # once on a machine
+    assert (done.stdout, said) == ("done\n", [])
