@@ -6,7 +6,7 @@ from numba import njit
 
 from .. import layout as at
 from .elementary import decay, normal_cdf, sigmoid, tanh
-from .machine import INLINE, PLAIN, WHOLE, either, number, pointer, size_of
+from .machine import INLINE, PLAIN, either, number, pointer, rarely, size_of
 
 
 @njit(**INLINE)
@@ -63,11 +63,11 @@ def activate(kind, before, b, after, count, like):
     elif kind == at.RELU:
         for j in range(count):
             Z[j] = relu(Z[j] + B[j])
-    elif WHOLE:
+    else:
         activate_smoothly(kind, before, b, after, count, like)
 
 
-@njit(**PLAIN)
+@rarely
 def activate_smoothly(kind, before, b, after, count, like):
     Z, b, F = pointer(before, like), pointer(b, like), pointer(after, like)
     if kind == at.TANH:
@@ -100,11 +100,11 @@ def mask(kind, gradient, kept, count, like):
     if kind == at.RELU:
         for j in range(count):
             D[j] = either(K[j] <= number(like, 0.0), number(like, 0.0), D[j])
-    elif WHOLE:
+    else:
         mask_smoothly(kind, gradient, kept, count, like)
 
 
-@njit(**PLAIN)
+@rarely
 def mask_smoothly(kind, gradient, kept, count, like):
     D, K, one = pointer(gradient, like), pointer(kept, like), number(like, 1.0)
     if kind == at.TANH:

@@ -9,13 +9,13 @@ from . import activations, dropout, layers, losses, normalization, updates
 from .machine import (
     INT64,
     PLAIN,
-    WHOLE,
     atomic_add,
     atomic_load,
     atomic_store,
     call,
     flush_denormals,
     pointer,
+    rarely,
     relax,
     restore_denormals,
 )
@@ -47,11 +47,11 @@ def tile_of(op, c, tile, like):
         activations.activation_gradient(op, tile, like)
     elif code == at.TAKE:
         layers.take(op, c, tile, like)
-    elif WHOLE:
+    else:
         rarer_tile_of(op, c, tile, like)
 
 
-@njit(**PLAIN)
+@rarely
 def rarer_tile_of(op, c, tile, like):
     code = op[at.CODE]
     if code == at.NORMALIZE:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -17,6 +17,7 @@ BARE = {
     "error_model": "numpy",  # no division by zero is looked for
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
+    "no_rewrites": True,  # of constants and branches: there is nothing to rewrite, and looking for it takes time
 }
 PLAIN = {**BARE, "fastmath": {"contract"}}  # a product and a sum in one rounding; NaN and infinity do what they always do
 INLINE = {**PLAIN, "forceinline": True}  # a loop that calls is not made of vector instructions
@@ -25,6 +26,11 @@ SUMS = {**BARE, "fastmath": {"contract", "reassoc"}}  # sums in vectors: the sam
 
 WHOLE = True
 """Whether all layers are compiled, or `Linear` and `ReLU` only: `building` sets it before anything else here is imported."""
+
+def rarely(function):
+    """Compile what models of more than Linear and ReLU need; for others, put in its place what does nothing."""
+    return njit(**PLAIN)(function if WHOLE else lambda *_: None)
+
 
 FLOAT64, INT64 = np.float64(0), np.int64(0)
 
