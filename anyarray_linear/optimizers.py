@@ -196,9 +196,10 @@ class Rule:
     def state_dict(self) -> dict[str, Any]:
         """`{"rule", "steps", "hyperparameters", "moments"}`; the moments are copies, by parameter name, on their device."""
         copies: dict[str, Moments] = {}
+        names = *self.moment_names, MASTER  # a momentum that was switched off has left its own
         for name, moments in self.moments().items():
             copies[name] = {}
-            for m, moment in moments.items():
+            for m, moment in [(m, moments[m]) for m in names if m in moments]:
                 with computing_on(moment) as xp:
                     copies[name][m] = xp.asarray(moment, copy=True)
         return {

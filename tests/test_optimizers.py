@@ -14,7 +14,7 @@ from conftest import make_backend
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyarray_linear import SGD, Adam, AdamW, Linear, ReLU, Sequential, SoftmaxCrossEntropy, lanes
+from anyarray_linear import SGD, Adam, AdamW, Linear, ReLU, Sequential, SoftmaxCrossEntropy, lanes, restore, snapshot
 from anyarray_linear.schedules import cosine
 
 RULES = {
@@ -542,6 +542,22 @@ def test_a_loaded_state_goes_on_exactly(backend, rule):
     for i in range(3, 6):
         optimizer.step(straight, gradients_of(backend, straight, i))
     assert equal(host(backend, straight.parameters()), expected)
+
+
+@pytest.mark.parametrize("steps_without", [0, 1])
+def test_a_state_after_momentum_was_switched_off_goes_on_exactly(backend, steps_without):
+    model, optimizer = model_of(backend), SGD(0.1, momentum=0.9)
+    optimizer.step(model, gradients_of(backend, model))
+    optimizer.momentum = 0.0
+    for seed in range(steps_without):
+        optimizer.step(model, gradients_of(backend, model, seed))
+    other, other_optimizer = model_of(backend), SGD(0.1)
+    restore(other, snapshot(model))
+    other_optimizer.load_state_dict(optimizer.state_dict())
+    for each, its in ((model, optimizer), (other, other_optimizer)):
+        its.step(each, gradients_of(backend, model, 7))
+    assert equal(host(backend, model.parameters()), host(backend, other.parameters()))
+    assert other_optimizer.steps == optimizer.steps
 
 
 @pytest.mark.parametrize("rule", ["nesterov", "AdamW"])

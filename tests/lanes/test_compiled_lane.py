@@ -519,6 +519,14 @@ def change_frozen(step):
     step.model[0].W = np.ones_like(step.model[0].W)
 
 
+def change_moment(step):
+    step.optimizer.moments()["0.W"]["V"] = np.ones_like(step.model[0].W)
+
+
+def change_moments_of_one(step):
+    step.optimizer.moments()["2.b"] = {"V": np.ones_like(step.model[2].b)}
+
+
 def change_loss(step):
     step.loss = SoftmaxCrossEntropy(label_smoothing=0.5)
 
@@ -529,8 +537,8 @@ def restore_state(step):
 
 @pytest.mark.parametrize(
     "change",
-    [change_rate, change_clipping, change_momentum, change_weights, change_bias, freeze, change_frozen, change_loss,
-     restore_state],
+    [change_rate, change_clipping, change_momentum, change_weights, change_bias, freeze, change_frozen, change_moment,
+     change_moments_of_one, change_loss, restore_state],
 )  # fmt: skip
 def test_changes_between_steps_are_noticed(change, dtype):
     X, y = random(8, 6, dtype=dtype), np.arange(8) % 4

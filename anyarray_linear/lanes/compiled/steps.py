@@ -113,6 +113,7 @@ class Plan:
         self.watched = [
             (layer, layer.W, layer.b, getattr(layer, "trainable", True)) for layer in self.layers if layer.parameters()
         ]
+        self.moments = {name: dict(own) for name, own in self.bound.moments.items()}
         self.settings = settings_of(self.layers)
         self.containers = containers_of(step.model)
 
@@ -124,6 +125,11 @@ class Plan:
         if optimizer.bound is not self.bound or optimizer.moment_names != self.bound.moment_names:
             return False
         if getattr(step.loss, "positive_weights", None) is not self.positive:
+            return False
+        try:
+            if self.bound.moments != self.moments:  # which looks whether they are the same arrays, and faster than a loop
+                return False
+        except (RuntimeError, TypeError, ValueError):  # of arrays that are not, it asks which elements are equal
             return False
         for container, layers in self.containers:
             if container.layers is not layers:
