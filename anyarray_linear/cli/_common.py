@@ -63,8 +63,11 @@ def one_line(error: Exception) -> str | None:
         text = error.format_message().replace("Value error, ", "")  # empty where it has shown the help instead
         if errors := getattr(error.__cause__, "errors", None):  # pydantic's, which does not say what it was
             text = text.replace("Input", repr(errors()[0]["input"])[:80], 1)
-        if "unexpected extra argument" in text and (context := getattr(error, "ctx", None)) is not None:
-            text += "; data go in by --data FILE" if context.info_name == "train" else f": {context.command_path} --help"
+        context = getattr(error, "ctx", None)
+        if "unexpected extra argument" in text and context.info_name == "train":
+            text += "; data go in by --data FILE"
+        elif text.startswith(("Got", "No such", "Missing")) and "(Possible" not in text and not text.endswith("?"):
+            text = f"{text.removesuffix('.')}; see: {context.command_path} --help"
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     elif isinstance(error, MemoryError):
