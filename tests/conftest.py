@@ -27,6 +27,9 @@ import pytest
 from array_api_compat import array_namespace
 from array_api_compat import device as device_of
 
+# what a command prints is compared as on a terminal that says nothing of itself: no width, no colours asked for or refused
+for name in ("COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "GITHUB_ACTIONS"):
+    os.environ.pop(name, None)
 # where the compiled lane keeps its code, so that tests leave nothing in the user's own cache
 os.environ.setdefault("ANYARRAY_CACHE_DIR", os.path.join(tempfile.gettempdir(), "anyarray_linear-tests"))
 # SciPy reads it when it is imported; without it, scikit-learn does not dispatch on arrays

@@ -68,7 +68,7 @@ def test_without_a_card_the_gpu_run_is_red_and_starts_with_what_is_wrong_and_the
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "docker/gpu_tests.py", "--require-cuda", "tests/test_docker.py"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 1, run.stdout + run.stderr
     verdict, _, tests = run.stdout.partition("\nTo cure it: ")
     assert all(line.startswith("CUDA: ") for line in verdict.splitlines())

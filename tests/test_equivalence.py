@@ -146,7 +146,7 @@ def test_many_threads_share_a_layer(backend):
     def outputs(seed, wait=all_went_forward.wait):
         X, _, _, dZ = random_arrays((5,), 16, 8, seed=seed)
         Z, cache = layer.forward(backend.asarray(X))
-        wait(timeout=60)
+        wait(timeout=240)
         dX, gradients = layer.gradients(backend.asarray(dZ), cache)
         return [backend.to_numpy(x) for x in (Z, dX, gradients["W"], gradients["b"])]
 

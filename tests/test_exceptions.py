@@ -65,6 +65,6 @@ def diverge(rate):
 def test_a_training_that_diverges_in_a_pool_says_so():
     """Such an error hung `multiprocessing.Pool` for ever, which could not unpickle it."""
     with multiprocessing.get_context("spawn").Pool(1) as pool, pytest.raises(NonFiniteError, match="step 1") as caught:
-        pool.apply_async(diverge, (1e30,)).get(timeout=100)
+        pool.apply_async(diverge, (1e30,)).get(timeout=240)
     assert caught.value.step == 1
     assert caught.value.history.rows == []

@@ -51,7 +51,7 @@ except SystemExit as end:
 def python(code, cwd, *arguments):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_training_files_and_the_command_work_without_posix(tmp_path):
@@ -130,4 +130,5 @@ threading.Thread(target=train).start()
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_training_that_outlives_the_main_thread_goes_on(tmp_path, warm):
     done = python(OUTLIVES.replace("WARM", str(warm)), tmp_path)
-    assert (done.stdout, done.stderr) == ("done\n", "")
+    said = [line for line in done.stderr.splitlines() if "compiling" not in line]  # once on a machine
+    assert (done.stdout, said) == ("done\n", [])

@@ -320,7 +320,7 @@ print(cards.float32_products(0), [bool(a.complaint) for a in compare(layer, X, d
 """
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUPY_TF32": str(int(tf32))}
-    found = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True, timeout=120)
+    found = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True, timeout=240)
     if tf32 and found.startswith("float32"):
         pytest.skip("this card has no TF32")
     assert found.strip() == f"{'TF32' if tf32 else 'float32'} [{not tf32}, False, False]"

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import typer
 
-from ._streams import complain, give_up, prepare
+from ._streams import complain, give_up, if_heard, prepare
 
 BAD_INPUT = 2
 
@@ -39,6 +39,10 @@ def exit_code_of(app: Any) -> int:
         if line:
             complain(f"error: {line}", *getattr(error, "__notes__", ()))
         return BAD_INPUT
+    finally:
+        for name in ("stdout", "stderr"):  # what could not be written is still in the stream, and at exit would be code 120
+            with if_heard(name):
+                pass
     return code if isinstance(code, int) else 0
 
 

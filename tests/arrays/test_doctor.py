@@ -127,7 +127,7 @@ def elsewhere(code: str, *launcher: str, **environment: str) -> str:
         env=variables | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -324,7 +324,7 @@ def test_copies_stay_on_their_card_whatever_is_current(copied: Callable[[Any], A
 def test_two_threads_on_two_cards_at_once_get_what_serial_runs_get(outer: int | None, cupy: Any) -> None:
     serial = {spec: trained(spec, "cross-entropy", "Adam") for spec in ("cuda:0", "cuda:1")}
     at_once: dict[str, Any] = {}
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=240)
 
     def run(spec: str) -> None:
         current: AbstractContextManager[Any] = nullcontext() if outer is None else cupy.cuda.Device(outer)

@@ -708,7 +708,7 @@ def test_damaged_last_checkpoint_is_passed_over_and_named(run: Callable[..., Out
     last = checkpoints("out/checkpoints")[0]
     last.write_bytes(last.read_bytes()[:1000])
     with started("train", "--out", "out", "--resume", cwd=tmp_path) as process:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=240)
     assert process.returncode == 0
     (warning,) = (line for line in err.splitlines() if line.startswith("warning: "))
     assert last.name in warning
@@ -761,7 +761,7 @@ def test_a_config_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -
     (tmp_path / "out").mkdir()
     os.mkfifo(tmp_path / "out" / "config.json")
     with started("train", "--out", "out", "--resume", cwd=tmp_path) as process:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=240)
     assert process.returncode == 2
     assert "config.json is no regular file" in err
 
@@ -777,7 +777,7 @@ def test_signal_ends_training_with_all_files_and_resume_is_bit_identical(
             assert process.poll() is None
         assert_refused(run("train", "--out", "out", "--resume"), "out", str(process.pid))
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     assert process.returncode == code
     assert "interrupted" in out
     assert "--resume" in out
@@ -819,7 +819,7 @@ def test_two_signals_leave_nothing_half_written(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     assert process.returncode == 143
     assert "Traceback" not in err
     if folder.exists():  # the first signal was in time for the run to end in order

@@ -26,8 +26,9 @@ posix = pytest.mark.skipif(os.name != "posix", reason="a shell and names of byte
 def command(line, cwd, **environment):
     """A line of a shell, in which `anyarray-linear` is this package."""
     line = line.replace("anyarray-linear", f"'{sys.executable}' -m anyarray_linear")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    return subprocess.run(["bash", "-c", line], cwd=cwd, env=environment, capture_output=True, timeout=100, check=False)
+    # buffered, as streams are where nobody asks for something else: what cannot be written is found out later
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "", **environment}
+    return subprocess.run(["bash", "-c", line], cwd=cwd, env=environment, capture_output=True, timeout=240, check=False)
 
 
 def run_in(encoding, *arguments, monkeypatch, isatty=False):
@@ -82,6 +83,7 @@ def test_predictions_for_nobody_are_refused(tmp_path):
     assert done.returncode == 2
     assert b"--out" in done.stderr
     assert command("anyarray-linear predict m X.npz --device cpu --out p.csv >&-", tmp_path).returncode == 0
+    assert command("anyarray-linear predict m X.npz --device cpu >/dev/full", tmp_path).returncode == 2
 
 
 class Broken:

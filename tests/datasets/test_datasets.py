@@ -425,11 +425,11 @@ def test_packed_text_that_is_damaged_or_a_bomb_is_refused(tmp_path, monkeypatch)
     packed = gzip.compress(b"1,2,0\n" * 100)
     assert "is damaged or no gzip file" in message(load_data, write(tmp_path, packed[:-20], "cut.csv.gz"))
     assert "is damaged or no gzip file" in message(load_data, write(tmp_path, TABLE, "text.csv.gz"))
-    monkeypatch.setattr(_text, "SMALL", 2**20)
-    bomb = write(tmp_path, gzip.compress(b"1,2,0\n" * 2**20), "data.csv.gz")
+    monkeypatch.setattr(_text, "SMALL", 2**17)
+    bomb = write(tmp_path, gzip.compress(b"1,2,0\n" * 2**18), "data.csv.gz")
     peak, line = peak_of(load_data, bomb)
     assert "would unpack to more than 200 times its size" in line
-    assert peak < 2e7
+    assert peak < 4e6
 
 
 def test_npz_arrays_may_have_the_names_of_scikit_learn(tmp_path):
@@ -580,6 +580,21 @@ def test_bad_csv_is_refused_by_line_and_column(tmp_path, text, says):
     assert line.startswith(f"{path}: ")
     assert says in line
     assert len(line) < 400 + len(str(path))
+
+
+def test_arguments_of_the_wrong_kind_are_refused_by_name(tmp_path):
+    path = write(tmp_path, "a,b,kind\n1,2,x\n1,3,y\n")
+    for wrong, words in (
+        ({"target": 2}, "^target is 2; give the name of a column"),
+        ({"drop": "a"}, r"^drop is 'a', a single str; give a list of names: drop=\['a'\]$"),
+        ({"features": "a"}, r"features=\['a'\]$"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            load_data(path, **wrong)
+    with pytest.raises(TypeError, match=r"^X is a list, not an array"):
+        split([[1.0], [2.0]], np.array([0, 1]))
+    with pytest.raises(TypeError, match=r"^y is a list, not an array"):
+        split(np.ones((2, 1)), [0, 1])
 
 
 def code_for(load, path, *args) -> str:

@@ -157,7 +157,7 @@ def test_a_socket_or_pipe_as_lock_does_not_hang_the_training(tmp_path):
     code = "import sys\nfrom anyarray_linear.files.locks import locked\nwith locked(sys.argv[1]): pass"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True)
     try:
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=240)
     finally:
         process.send_signal(signal.SIGKILL)
     assert "no regular file" in said

@@ -47,7 +47,7 @@ def printed(code, **environment):
     """
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(start) + textwrap.dedent(code)],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=100, check=False,
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout.splitlines()
