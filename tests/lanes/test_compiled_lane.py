@@ -691,6 +691,26 @@ class Doubled(ReLU):
     pass
 
 
+@pytest.mark.parametrize(("part", "name"), [
+    (lambda step: step.model, "forward"), (lambda step: step.model[1], "forward"), (lambda step: step.model[2], "gradients"),
+    (lambda step: step.loss, "backward"), (lambda step: step.optimizer, "step"),
+])  # fmt: skip
+def test_a_function_that_was_put_in_place_of_a_part_s_own_is_called(part, name):
+    step, calls = step_of(), []
+    own = part(step)
+    before = getattr(own, name)
+
+    def watched(*arguments, **options):
+        calls.append(1)
+        return before(*arguments, **options)
+
+    setattr(own, name, watched)
+    for _ in range(2):
+        step(random(8, 6), np.arange(8) % 4)
+    assert step.how == f"portable: what was assigned to {type(own).__name__}.{name} is not compiled"
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from struct import Struct
@@ -44,6 +45,9 @@ a step, and where other programs have the cores, each product would wait for it,
 _KEPT = 4
 """Programs kept, for as many batch sizes and kinds of target."""
 
+_CALLED = "forward", "gradients", "backward", "step", "update"
+"""What a step calls of layers, loss and optimizer; to watch one, say, people put a function of their own in its place."""
+
 _WORDS = (1 << 64) - 1
 _INT64 = np.dtype(np.int64)
 _put_arrays, _put_key = (cast(Any, Struct(form)).pack_into for form in ("6q", "QQq"))
@@ -68,6 +72,10 @@ class Plan:
             raise Declined("a model without trained parameters is not compiled")
         self.width = width_of(self.layers)
         self.stages: list[Stage] = stages_of(model, self.width)
+        parts = *self.layers, *(container for container, _ in containers_of(model)), step.loss, optimizer
+        for own, name in itertools.product(parts, _CALLED):
+            if callable(vars(own).get(name)):
+                raise Declined(f"what was assigned to {type(own).__name__}.{name} is not compiled")
         self.frozen = {id(layer) for layer in self.layers} - trained
         arrays = [W for layer in self.layers for W in layer.parameters().values()]
         if any(W.dtype != self.dtype for W in arrays):
