@@ -35,6 +35,8 @@ from anyarray_linear import (
     TrainingStep,
     fit,
     lanes,
+    restore,
+    snapshot,
 )
 from anyarray_linear.guard import Guard
 from anyarray_linear.lanes.compiled import blas as products
@@ -751,6 +753,21 @@ def test_it_is_not_for_the_first_steps(monkeypatch):
         assert step.how.startswith("portable")
     step(X, y)
     assert step.how.startswith("compiled")
+
+
+def test_a_step_that_goes_on_from_a_state_waits_as_long_as_one_that_never_stopped(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(steps, "_LARGE", 20)  # so that its 59 numbers make this a large model
+    one, other = step_of(optimizer=Adam(0.1)), step_of(optimizer=Adam(0.1))
+    X, y = random(8, 6), np.arange(8) % 4
+    for _ in range(steps.PATIENCE // 3 + 1):
+        one(X, y)
+    assert one.how.startswith("compiled")
+    restore(other.model, snapshot(one.model))
+    other.optimizer.load_state_dict(one.optimizer.state_dict())
+    assert one(X, y) == other(X, y)
+    assert other.how.startswith("compiled")
+    assert_same_bits(weights(one), weights(other))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from ...binding import flat_of
 from ...dropout import count_pass
 from ...guard import Guard
 from ...optimizers import Rule
+from ...protocol import trained
 from ...step import TrainingStep, loss_and_gradients, training_step, training_step_on_rows
 from . import layout as at
 from .blas import numpy_alone
@@ -67,8 +68,8 @@ class Plan:
             raise Declined(f"{self.dtype.name} is not compiled")
         self.positive = getattr(step.loss, "positive_weights", None)
         self.layers = layers_of(model)
-        trained = {id(layer) for _, layer in self.bound.leaves}
-        if not any(layer.parameters() and id(layer) in trained for layer in self.layers):
+        thawed = {id(layer) for _, layer in self.bound.leaves}
+        if not any(layer.parameters() and id(layer) in thawed for layer in self.layers):
             raise Declined("a model without trained parameters is not compiled")
         self.width = width_of(self.layers)
         self.stages: list[Stage] = stages_of(model, self.width)
@@ -76,7 +77,7 @@ class Plan:
         for own, name in itertools.product(parts, _CALLED):
             if callable(vars(own).get(name)):
                 raise Declined(f"what was assigned to {type(own).__name__}.{name} is not compiled")
-        self.frozen = {id(layer) for layer in self.layers} - trained
+        self.frozen = {id(layer) for layer in self.layers} - thawed
         arrays = [W for layer in self.layers for W in layer.parameters().values()]
         if any(W.dtype != self.dtype for W in arrays):
             raise Declined("layers of several dtypes are not compiled")
@@ -263,9 +264,10 @@ def patience(step: TrainingStep) -> int:
 
 
 def _size(step: TrainingStep) -> int:
-    """How many numbers are trained, or 0 where the first step is still to say it."""
-    bound = getattr(step.optimizer, "bound", None)  # a rule of the user's own has none
-    return sum(W.size for W in bound.parameters) if bound else 0
+    """How many numbers are trained."""
+    bound = getattr(step.optimizer, "bound", None)  # none before a first step, which may be that of a training that goes on
+    found = bound.parameters if bound else [W for _, layer in trained(step.model) for W in layer.parameters().values()]
+    return sum(math.prod(W.shape) for W in found)
 
 
 def _meanwhile(step: TrainingStep, rows: int) -> AbstractContextManager[None]:
