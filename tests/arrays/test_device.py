@@ -310,12 +310,14 @@ def test_blocks_in_two_threads_do_not_meet(cupy: Any) -> None:
 
 
 def test_memory_and_synchronize_speak_of_their_own_device(cupy: Any) -> None:
-    device = select_device("cuda:1")
+    device, other = select_device("cuda:1"), select_device("cuda:0")
+    device.empty_cache()  # what other tests left there
+    before, before_there = device.memory()[0], other.memory()[0]
     with device:
         block = cupy.ones(2**18, dtype="float32")
-    used = 1 - device.memory()[0] / device.memory()[1]
-    assert used > 1 - select_device("cuda:0").memory()[0] / select_device("cuda:0").memory()[1]
     free = device.memory()[0]
+    assert free <= before - 2**20
+    assert other.memory()[0] == before_there
     del block
     assert device.memory()[0] == free  # the pool keeps it
     device.empty_cache()
