@@ -190,7 +190,7 @@ def _from_csv(
         first_row[:] = row
         if len(row) < 2:
             raise refusal(path, "has one column only; put the features in the first columns and the target in the last, "
-                          "with commas, semicolons or tabs between them")
+                          f"with commas, semicolons or tabs between them (its first line is {shown(row[0])})")
         if target is None and features is None and not drop:
             names = _names(path, row, len(row) - 1)
             return Layout(names, list(range(len(row) - 1)), len(row) - 1)

@@ -537,7 +537,7 @@ def test_a_large_table_is_read_by_numpy_and_says_how_far_it_is(tmp_path, monkeyp
         ("\n \n", "holds blank lines only"),
         ("a,b\n", "has a header but no rows"),
         ("1\n2\n", "has one column only; put the features in the first columns and the target in the last"),
-        ("a|b\n1|2\n", "in the last, with commas, semicolons or tabs between them"),
+        ("a|b\n1|2\n", "in the last, with commas, semicolons or tabs between them (its first line is 'a|b')"),
         ("kind,a\nx,1\n", "a column of text can be what to predict (target), be left out (drop)"),
         ("a,b\n1,0\n2\n", "line 3 has 1 cells but the first row has 2; give every line the same number"),
         ("a,b\n\n1,0,5\n", "line 3 has 3 cells but the first row has 2"),
