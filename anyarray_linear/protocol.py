@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from .arrays.checks import check_alike, check_array, check_shape, describe
+from .arrays.checks import check_alike, check_array, check_object, check_shape, describe
 from .arrays.device import Device
 from .arrays.place import Array, Namespace, computing_on, dtype_name, is_array
 
@@ -101,6 +101,21 @@ def join(*names: str) -> str:
     return ".".join(filter(None, names))
 
 
+def check_model(model: Any, name: str = "model") -> None:
+    """Raise `TypeError` for what is no layer and no container, such as its class, or a model of another library."""
+    check_object(name, model, ("forward", "gradients", "parameters", "__call__"), "Sequential(Linear(4, 3), ReLU())")
+
+
+def check_loss(loss: Any) -> None:
+    """Raise `TypeError` for what is no loss."""
+    check_object("loss", loss, ("forward", "backward"), "SoftmaxCrossEntropy()")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise `TypeError` for what is no optimizer."""
+    check_object("optimizer", optimizer, ("step", "learning_rate"), "Adam(lr=1e-3)")
+
+
 def parameters(model: Any) -> dict[str, Array]:
     """Every parameter of `model` once, by its full name."""
     return {join(name, p): value for name, layer in leaves(model) for p, value in layer.parameters().items()}
@@ -170,6 +185,7 @@ def snapshot(model: Any) -> dict[str, Any]:
     >>> layer.W
     array([[0., 0.]])
     """
+    check_model(model)
     return {name: _copy(x) for name, x in {**parameters(model), **states(model)}.items()}
 
 

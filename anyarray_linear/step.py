@@ -14,7 +14,7 @@ from .arrays.operations import lanes_are_on
 from .arrays.place import NOWHERE, Array, Namespace, Place, is_array, place_of
 from .guard import Guard
 from .losses import Loss
-from .protocol import Layer, Optimizer, leaves, parameters, state_of
+from .protocol import Layer, Optimizer, check_loss, check_model, check_optimizer, leaves, parameters, state_of
 from .scaling import LossScale, is_half
 
 Gradients = dict[str, Array]
@@ -105,6 +105,9 @@ class TrainingStep:
         gradients: Callable[..., tuple[Array, Gradients]] = loss_and_gradients,
         loss_scale: LossScale | None = None,
     ) -> None:
+        check_model(model)
+        check_loss(loss)
+        check_optimizer(optimizer)
         if not parameters(model):
             raise TypeError(f"model is {model!r:.80}, which has no parameters to train")
         if loss_scale is not None and not isinstance(loss_scale, LossScale):

@@ -9,6 +9,7 @@ import pytest
 
 from anyarray_linear import (
     GELU,
+    SGD,
     Dropout,
     LayerNorm,
     Linear,
@@ -19,6 +20,8 @@ from anyarray_linear import (
     SiLU,
     SoftmaxCrossEntropy,
     Tanh,
+    TrainingStep,
+    snapshot,
 )
 
 LAYERS = {
@@ -64,3 +67,17 @@ def test_a_losss_cache_may_be_any_mapping(backend, name):
     Z, target = backend.asarray(np.random.default_rng(0).normal(size=(5, 3))), backend.asarray(target)
     _, cache = make().forward(Z, target)
     assert (backend.to_numpy(make().backward(MappingProxyType(cache))) == backend.to_numpy(make().backward(cache))).all()
+
+
+def test_a_step_and_a_snapshot_are_of_objects_and_in_their_order():
+    model, loss, optimizer = Linear(1, 1), MeanSquaredError(), SGD(0.1)
+    for parts, words in (
+        ((model, optimizer, loss), "^loss is a SGD; give an object such as SoftmaxCrossEntropy"),
+        ((model, MeanSquaredError, optimizer), "^loss is the class MeanSquaredError"),
+        ((model, loss, SGD), "^optimizer is the class SGD"),
+        ((Linear, loss, optimizer), "^model is the class Linear"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            TrainingStep(*parts)
+    with pytest.raises(TypeError, match=r"^model is a str"):
+        snapshot("model")

@@ -108,5 +108,5 @@ def test_what_is_none_is_refused() -> None:
         evaluate(model, X, X, loss=MeanSquaredError)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no parameters"):
         TrainingStep(Halved(), Absolute(), SGD(0.1))
-    with pytest.raises(AttributeError):
-        TrainingStep(model, "mse", SGD(0.1))(X, X)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="loss is a str"):
+        TrainingStep(model, "mse", SGD(0.1))  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from .checks import describe
 from .device import Device, cpu_device, cuda_device
 from .doctor import count, examine, once
 from .operations import lanes_are_on
+from .place import FLOAT_DTYPES
 
 
 class DeviceUnavailableError(RuntimeError):
@@ -100,7 +101,8 @@ def _selected(spec: str | Device) -> Device:
         return cpu_device(reason)
     wanted = re.fullmatch(r"cuda(?::(\d+))?", spec)
     if wanted is None:
-        raise ValueError(f'{origin} is {spec!r}; expected "auto", "cpu", "cuda", "cuda:1" (any number) or a Device')
+        cure = f'; a dtype is given by its name: dtype="{spec}"' if spec in (*FLOAT_DTYPES, "float16") else ""
+        raise ValueError(f'{origin} is {spec!r}; expected "auto", "cpu", "cuda", "cuda:1" (any number) or a Device{cure}')
     last = examine(int(wanted[1]) if wanted[1] else None)[-1]
     if not last.ok:
         by = " (ANYARRAY_DEVICE)" if origin == "ANYARRAY_DEVICE" else ""

@@ -63,8 +63,7 @@ def one_line(error: Exception) -> str | None:
         text = error.format_message().replace("Value error, ", "")  # empty where it has shown the help instead
         if errors := getattr(error.__cause__, "errors", None):  # pydantic's, which does not say what it was
             text = text.replace("Input", repr(errors()[0]["input"])[:80], 1)
-        if "unexpected extra argument" in text and (context := getattr(error, "ctx", None)) is not None:
-            text += "; data go in by --data FILE" if context.info_name == "train" else f": {context.command_path} --help"
+        text = _with_help(text, getattr(error, "ctx", None))
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     elif isinstance(error, MemoryError):
@@ -74,6 +73,14 @@ def one_line(error: Exception) -> str | None:
     else:
         return None
     return " ".join(text.split())
+
+
+def _with_help(text: str, context: Any) -> str:
+    """Typer's words about a word that it does not know, or misses, and where to look."""
+    if context is None or not text.startswith(("Got", "No such", "Missing")) or "(Possible" in text or text.endswith("?"):
+        return text
+    data = "unexpected extra argument" in text and context.info_name == "train"
+    return f"{text.removesuffix('.')}; " + ("data go in by --data FILE" if data else f"see: {context.command_path} --help")
 
 
 def _is_worded(error: Exception) -> bool:

@@ -125,9 +125,11 @@ def _row(device: Device) -> dict[str, Any]:
 
 def _print(report: dict[str, Any], *, with_steps: bool) -> None:
     console = Terminal()
-    table = Table("device", "name", "compute capability", "free / total memory", "driver", "CuPy", "float32 products")
+    table = Table(box=None, padding=(0, 1, 0, 0))  # so that the rows of a card fit a window of 80 columns
+    for head in ("device", "name", "compute\ncapability", "free / total\nin GiB", "driver", "CuPy", "float32\nproducts"):
+        table.add_column(head, no_wrap=head != "name")
     for row in report["devices"]:
-        memory = "" if row["memory_free"] is None else f"{_gib(row['memory_free'])} / {_gib(row['memory_total'])} GiB"
+        memory = "" if row["memory_free"] is None else f"{_gib(row['memory_free'])} / {_gib(row['memory_total'])}"
         driver = f"CUDA {row['driver_cuda']}" if "driver_cuda" in row else ""
         table.add_row(
             row["device"], row["name"], row.get("compute_capability", ""), memory, driver,

@@ -64,6 +64,7 @@ def load_data(
     Raises:
         DataError: the file cannot be used; one line says what was wrong, where, and how to fix it.
         ValueError: `task` is not one of the two.
+        TypeError: `target` is no name, or `features` or `drop` no list of names.
 
     Warns of a column that looks like a number of the rows.
 
@@ -92,6 +93,11 @@ def read_data(
     """What `load_data` loads, and what there is to say about it; `progress` hears how many rows of a text are read."""
     if task not in (None, "classification", "regression"):
         raise ValueError(f"task is {task!r}, but must be 'classification', 'regression' or None")
+    if target is not None and not isinstance(target, str):
+        raise TypeError(f"target is {target!r:.40}; give the name of a column, or of an array, as a str")
+    for name, names in (("features", features), ("drop", drop)):
+        if isinstance(names, str):
+            raise TypeError(f"{name} is {names!r:.40}, a single str; give a list of names: {name}=[{names!r:.40}]")
     path = check_file(path)
     if not is_npz(path):
         return _from_csv(path, target, task, features, drop, progress)
@@ -184,7 +190,7 @@ def _from_csv(
         first_row[:] = row
         if len(row) < 2:
             raise refusal(path, "has one column only; put the features in the first columns and the target in the last, "
-                          "with commas, semicolons or tabs between them")
+                          f"with commas, semicolons or tabs between them (its first line is {shown(row[0])})")
         if target is None and features is None and not drop:
             names = _names(path, row, len(row) - 1)
             return Layout(names, list(range(len(row) - 1)), len(row) - 1)

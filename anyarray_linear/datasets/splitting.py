@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..arrays.checks import check_array
 from ..arrays.place import Array
 from ._checks import DataError
 
@@ -23,6 +24,7 @@ def split(X: Array, y: Array, *, test: float = 0.2, seed: int = 0) -> tuple[Arra
         `X_train, y_train, X_test, y_test`, each in random order, `round(test * N)` samples in the last two.
 
     Raises:
+        TypeError: `X` or `y` is no array, such as a list or a table of pandas.
         ValueError: `test` is not such a fraction, or `X` and `y` differ in length.
         DataError: there are too few samples to have one in each part.
 
@@ -31,6 +33,8 @@ def split(X: Array, y: Array, *, test: float = 0.2, seed: int = 0) -> tuple[Arra
     >>> X_train.shape, np.bincount(y_test).tolist()
     ((8, 2), [1, 1])
     """
+    check_array("X", X)
+    check_array("y", y)
     if not 0 < test < 1:
         raise ValueError(f"test is {test}, but must be a fraction above 0 and below 1, such as test=0.2")
     N = len(X)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..arrays.place import Array, dtype_name
 from ..binding import MASTER
-from ..protocol import join, leaves, trained
+from ..protocol import check_model, join, leaves, trained
 from ..scaling import is_half
 from .architecture import architecture_of, first_difference, warn_of_what_is_not_kept
 from .atomic import atomic_write
@@ -65,6 +65,7 @@ def save_checkpoint(
     Raises `TypeError` for a state that JSON cannot hold, and `OSError` where the file cannot be written; what was in the
     folder is intact then.
     """
+    check_model(model)
     kept = as_json("state", state)
     step = kept.get("step", optimizer.steps)
     if not isinstance(step, int) or step < 0:

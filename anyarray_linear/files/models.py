@@ -10,16 +10,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..arrays.checks import check_object
 from ..arrays.memory import explained_memory
 from ..arrays.selection import select_device
+from ..protocol import check_model
 from .architecture import architecture_of, built, described_size, warn_of_what_is_not_kept
 from .atomic import atomic_write
 from .foreign import in_dtypes, renamed
 from .sealed import CheckpointError, as_json, read, seal, told
 from .tensors import CURE, assign, in_dtype, match, match_numbers, memory_advice, numbers_of, placed_all, size_of, weights_of
-
-_METHODS, _SUCH = ("forward", "gradients", "parameters"), "Sequential(Linear(4, 3), ReLU())"
 
 
 def save_model(
@@ -51,7 +49,7 @@ def save_model(
     >>> read_metadata(path)
     {'classes': ['cat', 'dog']}
     """
-    check_object("model", model, _METHODS, _SUCH)
+    check_model(model)
     kept = as_json("metadata", {} if metadata is None else metadata)
     warn_of_what_is_not_kept(model)
     info = {"architecture": architecture_of(model), "metadata": kept, **numbers_of(model)}
@@ -83,7 +81,7 @@ def load_model(
     Raises `CheckpointError` for a file that is damaged or does not fit `into`, which is as it was then.
     """
     if into is not None:
-        check_object("into", into, _METHODS, _SUCH)
+        check_model(into, "into")
         if device is not None:
             raise ValueError("into has its device already; leave device out, or move the model with into.to(device)")
         file = read(path, lambda info: size_of(into))

@@ -25,7 +25,7 @@ from ..files.architecture import architecture_of, shown
 from ..files.atomic import atomic_write
 from ..files.sealed import CheckpointError, as_json, read, told
 from ..files.tensors import weights_of
-from ..protocol import join
+from ..protocol import check_model, join
 
 Host = np.ndarray[Any, Any]
 Spec = Mapping[str, Any]
@@ -125,6 +125,7 @@ def to_onnx(
     >>> [node.op_type for node in proto.graph.node], [each.name for each in proto.graph.initializer]
     (['Gemm', 'Relu', 'Gemm'], ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
+    check_model(model)
     kept = as_json("metadata", {} if metadata is None else metadata)
     return _proto(architecture_of(model), weights_of(model), softmax, labels, kept, opset, batch_axes)
 

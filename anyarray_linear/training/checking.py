@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.checks import check_array, check_object
+from ..arrays.checks import check_array
 from ..arrays.device import Device
 from ..arrays.dtypes import wide
 from ..arrays.place import Array, computing_on, dtype_name, namespace
-from ..protocol import parameters
+from ..protocol import check_loss, check_model, check_optimizer, parameters
 from .batches import Batches
 from .data import Data, is_float, loss_dtype
 
@@ -54,19 +54,11 @@ def _check_there(name: str, x: Array) -> None:
     )
 
 
-def check_model(model: Any) -> None:
-    check_object("model", model, ("forward", "gradients", "parameters", "__call__"), "Sequential(Linear(4, 3), ReLU())")
-
-
-def check_loss(loss: Any) -> None:
-    check_object("loss", loss, ("forward", "backward"), "SoftmaxCrossEntropy()")
-
-
 def check_parts(model: Any, loss: Any, optimizer: Any, callbacks: Any) -> None:
     """What has to do with training is what it should be, and not its class."""
     check_model(model)
     check_loss(loss)
-    check_object("optimizer", optimizer, ("step", "learning_rate"), "Adam(lr=1e-3)")
+    check_optimizer(optimizer)
     if not parameters(model):
         raise ValueError(f"model is {model!r:.80}, which has no parameters to train")
     for name, W in parameters(model).items():

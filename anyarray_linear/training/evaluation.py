@@ -14,9 +14,9 @@ from ..arrays.numbers import whole
 from ..arrays.place import Array, computing_on, place_of
 from ..losses import Loss
 from ..metrics import class_scores, of_classes
-from ..protocol import Layer, outputs
+from ..protocol import Layer, check_loss, check_model, outputs
 from .batches import Batches
-from .checking import check_loss, check_model, check_rows
+from .checking import check_rows
 from .data import Data, is_float, memory_advice, model_place, row_taker, takes_ids
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import _MAKERS, Backend, Unavailable, make_backend
 
-from anyarray_linear import Device, select_device
+from anyarray_linear import Device, Linear, select_device
 from anyarray_linear.arrays import selection
 
 CPU = select_device("cpu")
@@ -227,6 +227,8 @@ def test_names_and_specs() -> None:
     for spec in ("gpu", "cuda:", "cuda:x", "cuda:-1", "CPU", "", None, 0):
         with pytest.raises(ValueError, match=r"expected \"auto\", \"cpu\", \"cuda\""):
             select_device(spec)
+    with pytest.raises(ValueError, match=r"device is 'float32'; expected .* by its name: dtype=\"float32\"$"):
+        Linear(2, 2).to("float32")
     for spec in (np.ones(3), np.ones(1)):
         with pytest.raises(ValueError, match=r"device is a numpy array on cpu; expected .* give Device\.of\(the array\)"):
             select_device(spec)

@@ -25,7 +25,7 @@ import pytest
 
 import anyarray_linear
 from anyarray_linear import cli, load_model
-from anyarray_linear.cli import _results, _run, _scores, _training, predict
+from anyarray_linear.cli import _results, _run, _scores, _training, devices, predict
 from anyarray_linear.cli._common import StopSignals
 from anyarray_linear.datasets import load_digits, split
 from anyarray_linear.files.checkpoints import checkpoints
@@ -309,10 +309,11 @@ def test_predict_refuses_what_it_cannot_read_or_may_not_write(run: Callable[...,
     assert_refused(run("predict", "out", flowers, "--device", "gpu"), "gpu")
     assert_refused(run("predict", "out", flowers, "--out", flowers), "--out")
     assert_refused(run("predict", "out", flowers, "--out", "no/folder.csv"), "folder.csv")
-    assert_refused(run("predict", "out"), "DATA")
+    assert_refused(run("predict", "out"), "Missing argument 'DATA'; see: anyarray-linear predict --help")
     assert_refused(run("predict", flowers, "out"), "flowers.csv is data, and no model; MODEL,", "comes first")
     assert_refused(run("predict", ".", flowers), ". holds no model.safetensors; give the folder of a run, such as out, the newest")
-    assert_refused(run("predict", "out", flowers, "more"), "(more): anyarray-linear predict --help")
+    assert_refused(run("predict", "out", flowers, "more"), "(more); see: anyarray-linear predict --help")
+    assert_refused(run("help"), "No such command 'help'; see: anyarray-linear --help")
     assert_refused(run("train", flowers), "flowers.csv); data go in by --data FILE")
     assert flowers.read_bytes() == before
 
@@ -941,3 +942,13 @@ def test_the_readmes_commands_exist(run: Callable[..., Outcome]) -> None:
     for command, *words in ours:
         text = run(command, "--help").out
         assert not [word for word in words if word.startswith("--") and word not in text]
+
+
+def test_a_card_fits_a_window_of_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    facts = {"compute_capability": "9.0", "driver_cuda": "13.0", "cupy": "14.2.0", "float32_products": "float32"}
+    card = {"device": "cuda:0", "name": "NVIDIA H100 80GB HBM3", "memory_free": 78 << 30, "memory_total": 79 << 30, **facts}
+    report = {"devices": [card], "examinations": {}, "warnings": [], "error": None, "chosen": "cuda:0", "reason": "it works"}
+    devices._print(report, with_steps=False)
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("cuda:0"))
+    assert row.split() == ["cuda:0", "NVIDIA", "H100", "80GB", "HBM3", "9.0", "78.0", "/", "79.0", "CUDA", "13.0", "14.2.0", "float32"]

@@ -537,7 +537,7 @@ def test_a_large_table_is_read_by_numpy_and_says_how_far_it_is(tmp_path, monkeyp
         ("\n \n", "holds blank lines only"),
         ("a,b\n", "has a header but no rows"),
         ("1\n2\n", "has one column only; put the features in the first columns and the target in the last"),
-        ("a|b\n1|2\n", "in the last, with commas, semicolons or tabs between them"),
+        ("a|b\n1|2\n", "in the last, with commas, semicolons or tabs between them (its first line is 'a|b')"),
         ("kind,a\nx,1\n", "a column of text can be what to predict (target), be left out (drop)"),
         ("a,b\n1,0\n2\n", "line 3 has 1 cells but the first row has 2; give every line the same number"),
         ("a,b\n\n1,0,5\n", "line 3 has 3 cells but the first row has 2"),
@@ -580,6 +580,21 @@ def test_bad_csv_is_refused_by_line_and_column(tmp_path, text, says):
     assert line.startswith(f"{path}: ")
     assert says in line
     assert len(line) < 400 + len(str(path))
+
+
+def test_arguments_of_the_wrong_kind_are_refused_by_name(tmp_path):
+    path = write(tmp_path, "a,b,kind\n1,2,x\n1,3,y\n")
+    for wrong, words in (
+        ({"target": 2}, "^target is 2; give the name of a column"),
+        ({"drop": "a"}, r"^drop is 'a', a single str; give a list of names: drop=\['a'\]$"),
+        ({"features": "a"}, r"features=\['a'\]$"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            load_data(path, **wrong)
+    with pytest.raises(TypeError, match=r"^X is a list, not an array"):
+        split([[1.0], [2.0]], np.array([0, 1]))
+    with pytest.raises(TypeError, match=r"^y is a list, not an array"):
+        split(np.ones((2, 1)), [0, 1])
 
 
 def code_for(load, path, *args) -> str:

@@ -936,6 +936,8 @@ def test_what_is_no_model_is_refused_by_its_argument(tmp_path: Path) -> None:
     for wrong in (tmp_path, np.random.default_rng(0)):
         with pytest.raises(TypeError, match=r"^model is a (pathlib|numpy) "):
             save_model(wrong, tmp_path / "m")
+        with pytest.raises(TypeError, match=r"^model is a (pathlib|numpy) "):
+            save_checkpoint(tmp_path / "c", wrong, SGD(0.1), state={})
     with pytest.raises(CheckpointError, match="no regular file, but a folder; give the file in it, such as"):
         load_model(tmp_path)
 

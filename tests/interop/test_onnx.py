@@ -314,6 +314,11 @@ def test_what_onnx_cannot_express_is_refused(model, message, tmp_path):
         file_to_onnx(tmp_path / "m")
 
 
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"^model is a str; give an object such as"):
+        export_onnx("model.onnx", Linear(1, 1))
+
+
 def test_more_classes_than_outputs_are_refused():
     with pytest.raises(ValueError, match="metadata names 2 classes, but the model has 3 outputs"):
         to_onnx(layer(2, 3), metadata={"classes": ["a", "b"]})

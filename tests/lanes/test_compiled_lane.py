@@ -35,6 +35,8 @@ from anyarray_linear import (
     TrainingStep,
     fit,
     lanes,
+    restore,
+    snapshot,
 )
 from anyarray_linear.guard import Guard
 from anyarray_linear.lanes.compiled import blas as products
@@ -241,6 +243,19 @@ def test_losses_and_their_options(name, weighted, dtype):
     assert abs(value - expected) <= few * max(1, abs(expected))
     for p, W in weights(compiled).items():
         assert np.abs(W - weights(portable)[p]).max() <= few
+
+
+@pytest.mark.parametrize("loss", [MeanSquaredError, BinaryCrossEntropy])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_weights_of_samples_may_have_all_axes_that_outputs_have(loss, axes, dtype):
+    X, y, counts = random(2, 3, 6, dtype=dtype), random(2, 3, 4, dtype=dtype) ** 2 / 40, random(*(2, 3, 4)[:axes], dtype=dtype) ** 2
+    step, portable = (step_of(loss=loss, dtype=dtype) for _ in range(2))
+    value = step(X, y, counts)
+    with lanes.off():
+        assert abs(value - portable(X, y, counts)) <= gamma(4000, unit_roundoff(dtype)) * abs(value)
+    assert step.how.startswith("compiled" if axes < 3 else "portable: this batch")
+    for name, W in weights(step).items():
+        assert np.abs(W - weights(portable)[name]).max() <= gamma(4000, unit_roundoff(dtype)), name
 
 
 def test_products_that_are_cut_for_threads(dtype, monkeypatch):
@@ -691,6 +706,26 @@ class Doubled(ReLU):
     pass
 
 
+@pytest.mark.parametrize(("part", "name"), [
+    (lambda step: step.model, "forward"), (lambda step: step.model[1], "forward"), (lambda step: step.model[2], "gradients"),
+    (lambda step: step.loss, "backward"), (lambda step: step.optimizer, "step"),
+])  # fmt: skip
+def test_a_function_that_was_put_in_place_of_a_part_s_own_is_called(part, name):
+    step, calls = step_of(), []
+    own = part(step)
+    before = getattr(own, name)
+
+    def watched(*arguments, **options):
+        calls.append(1)
+        return before(*arguments, **options)
+
+    setattr(own, name, watched)
+    for _ in range(2):
+        step(random(8, 6), np.arange(8) % 4)
+    assert step.how == f"portable: what was assigned to {type(own).__name__}.{name} is not compiled"
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -731,6 +766,21 @@ def test_it_is_not_for_the_first_steps(monkeypatch):
         assert step.how.startswith("portable")
     step(X, y)
     assert step.how.startswith("compiled")
+
+
+def test_a_step_that_goes_on_from_a_state_waits_as_long_as_one_that_never_stopped(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(steps, "_LARGE", 20)  # so that its 59 numbers make this a large model
+    one, other = step_of(optimizer=Adam(0.1)), step_of(optimizer=Adam(0.1))
+    X, y = random(8, 6), np.arange(8) % 4
+    for _ in range(steps.PATIENCE // 3 + 1):
+        one(X, y)
+    assert one.how.startswith("compiled")
+    restore(other.model, snapshot(one.model))
+    other.optimizer.load_state_dict(one.optimizer.state_dict())
+    assert one(X, y) == other(X, y)
+    assert other.how.startswith("compiled")
+    assert_same_bits(weights(one), weights(other))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_small_steps_before_code_is_loaded_take_no_threads_of_numpys_blas_and_la
             assert library.threads() == 2
     finally:
         library.set_threads(before)
-    assert seen[1:] == [expected] * 5  # the first says how large the model is
+    assert seen == [expected] * 6  # also the first one, which may be that of a training that goes on
     assert step.how.startswith("portable: compiled code is for steps that are many")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from struct import Struct
@@ -15,6 +16,7 @@ from ...binding import flat_of
 from ...dropout import count_pass
 from ...guard import Guard
 from ...optimizers import Rule
+from ...protocol import trained
 from ...step import TrainingStep, loss_and_gradients, training_step, training_step_on_rows
 from . import layout as at
 from .blas import numpy_alone
@@ -44,6 +46,9 @@ a step, and where other programs have the cores, each product would wait for it,
 _KEPT = 4
 """Programs kept, for as many batch sizes and kinds of target."""
 
+_CALLED = "forward", "gradients", "backward", "step", "update"
+"""What a step calls of layers, loss and optimizer; to watch one, say, people put a function of their own in its place."""
+
 _WORDS = (1 << 64) - 1
 _INT64 = np.dtype(np.int64)
 _put_arrays, _put_key = (cast(Any, Struct(form)).pack_into for form in ("6q", "QQq"))
@@ -63,12 +68,16 @@ class Plan:
             raise Declined(f"{self.dtype.name} is not compiled")
         self.positive = getattr(step.loss, "positive_weights", None)
         self.layers = layers_of(model)
-        trained = {id(layer) for _, layer in self.bound.leaves}
-        if not any(layer.parameters() and id(layer) in trained for layer in self.layers):
+        thawed = {id(layer) for _, layer in self.bound.leaves}
+        if not any(layer.parameters() and id(layer) in thawed for layer in self.layers):
             raise Declined("a model without trained parameters is not compiled")
         self.width = width_of(self.layers)
         self.stages: list[Stage] = stages_of(model, self.width)
-        self.frozen = {id(layer) for layer in self.layers} - trained
+        parts = *self.layers, *(container for container, _ in containers_of(model)), step.loss, optimizer
+        for own, name in itertools.product(parts, _CALLED):
+            if callable(vars(own).get(name)):
+                raise Declined(f"what was assigned to {type(own).__name__}.{name} is not compiled")
+        self.frozen = {id(layer) for layer in self.layers} - thawed
         arrays = [W for layer in self.layers for W in layer.parameters().values()]
         if any(W.dtype != self.dtype for W in arrays):
             raise Declined("layers of several dtypes are not compiled")
@@ -239,8 +248,10 @@ class Plan:
             return 0, None, None, 0.0
         Z = np.broadcast_to(self.dtype.type(0), shape)  # its shape and dtype are all that matters
         if self.loss_kind != at.IDS:
-            V = np.broadcast_to(shares(xp, Z, weights_of_rows(Z, weights, Z.ndim)), (*shape[:-1], 1))
-            return kind, target, np.ascontiguousarray(V), 0.0
+            V = shares(xp, Z, weights_of_rows(Z, weights, Z.ndim))
+            if V.shape[-1] != 1:  # a weight for each element
+                return 0, None, None, 0.0
+            return kind, target, np.ascontiguousarray(np.broadcast_to(V, (*shape[:-1], 1))), 0.0
         if kind == at.IDS:
             loss.check_ids(y, self.out, loss.ignore_id)
         elif loss.ignore_id is not None:
@@ -255,9 +266,10 @@ def patience(step: TrainingStep) -> int:
 
 
 def _size(step: TrainingStep) -> int:
-    """How many numbers are trained, or 0 where the first step is still to say it."""
-    bound = getattr(step.optimizer, "bound", None)  # a rule of the user's own has none
-    return sum(W.size for W in bound.parameters) if bound else 0
+    """How many numbers are trained."""
+    bound = getattr(step.optimizer, "bound", None)  # none before a first step, which may be that of a training that goes on
+    found = bound.parameters if bound else [W for _, layer in trained(step.model) for W in layer.parameters().values()]
+    return sum(math.prod(W.shape) for W in found)
 
 
 def _meanwhile(step: TrainingStep, rows: int) -> AbstractContextManager[None]:
