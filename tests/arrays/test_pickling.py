@@ -55,7 +55,7 @@ def test_whoever_reads_it_may_say_where_it_shall_be(pickled, nothing_said, monke
 
 def test_it_is_said_in_a_process_of_ones_own_too(pickled, tmp_path):
     (tmp_path / "x").write_bytes(pickle.dumps(selection.cuda_device(40)))
-    code = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')))"
+    code = "import pathlib, pickle, sys; print(pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()))"
     environment = {**os.environ, "ANYARRAY_DEVICE": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "x"], env=environment, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("cpu\n", "")

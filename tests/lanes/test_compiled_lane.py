@@ -245,6 +245,19 @@ def test_losses_and_their_options(name, weighted, dtype):
         assert np.abs(W - weights(portable)[p]).max() <= few
 
 
+@pytest.mark.parametrize("loss", [MeanSquaredError, BinaryCrossEntropy])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_weights_of_samples_may_have_all_axes_that_outputs_have(loss, axes, dtype):
+    X, y, counts = random(2, 3, 6, dtype=dtype), random(2, 3, 4, dtype=dtype) ** 2 / 40, random(*(2, 3, 4)[:axes], dtype=dtype) ** 2
+    step, portable = (step_of(loss=loss, dtype=dtype) for _ in range(2))
+    value = step(X, y, counts)
+    with lanes.off():
+        assert abs(value - portable(X, y, counts)) <= gamma(4000, unit_roundoff(dtype)) * abs(value)
+    assert step.how.startswith("compiled" if axes < 3 else "portable: this batch")
+    for name, W in weights(step).items():
+        assert np.abs(W - weights(portable)[name]).max() <= gamma(4000, unit_roundoff(dtype)), name
+
+
 def test_products_that_are_cut_for_threads(dtype, monkeypatch):
     monkeypatch.setattr(program, "WORTH_CUTTING", 1)
     monkeypatch.setattr(program, "ROWS", 64)

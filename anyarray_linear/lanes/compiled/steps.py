@@ -248,8 +248,10 @@ class Plan:
             return 0, None, None, 0.0
         Z = np.broadcast_to(self.dtype.type(0), shape)  # its shape and dtype are all that matters
         if self.loss_kind != at.IDS:
-            V = np.broadcast_to(shares(xp, Z, weights_of_rows(Z, weights, Z.ndim)), (*shape[:-1], 1))
-            return kind, target, np.ascontiguousarray(V), 0.0
+            V = shares(xp, Z, weights_of_rows(Z, weights, Z.ndim))
+            if V.shape[-1] != 1:  # a weight for each element
+                return 0, None, None, 0.0
+            return kind, target, np.ascontiguousarray(np.broadcast_to(V, (*shape[:-1], 1))), 0.0
         if kind == at.IDS:
             loss.check_ids(y, self.out, loss.ignore_id)
         elif loss.ignore_id is not None:
