@@ -214,19 +214,19 @@ def _compiled(llvm: Any, name: str) -> bytes:
 def _translating_only() -> Iterator[None]:
     """A context in which numba links functions into one, but neither optimises each on its way nor makes machine code of it.
 
-    That is done once, for the whole. It is a third of the time; without it, with a numba that is made otherwise, all is as
-    well but slower.
+    That is done once, for the whole. Nor does it tell of each pass over each function, for nobody listens. It is a third of
+    the time; without it, with a numba that is made otherwise, all is as well but slower.
     """
     from unittest import mock
 
-    from numba.core import codegen, config, cpu
+    from numba.core import codegen, config, cpu, event
     from numba.core.compiler_lock import global_compiler_lock
 
     def linked(self: Any, library: Any, *rest: Any) -> Any:
         library._ensure_finalized()
         return [].append  # what numba asks for is a built-in function, and another one each time; it is never called
 
-    def nothing(self: Any, *rest: Any) -> None:
+    def nothing(*_: Any, **__: Any) -> None:
         pass
 
     with global_compiler_lock, ExitStack() as patches:
@@ -235,6 +235,8 @@ def _translating_only() -> Iterator[None]:
                 (cpu.CPUContext, "get_executable", linked),
                 (codegen.JITCodeLibrary, "_finalize_specific", nothing),
                 (codegen.CPUCodegen, "_add_module", nothing),
+                (event, "start_event", nothing),
+                (event, "end_event", nothing),
                 (config, "OPT", config._OptLevel(0)),
             ):
                 getattr(place, name)
