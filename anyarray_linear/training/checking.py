@@ -123,10 +123,14 @@ def _check_weights(loss: Any, data: Data) -> None:
         raise ValueError(f"sample_weight has values from {low:g} to {top:g}; none may be negative, and not all may be 0")
 
 
+def _are_ids(loss: Any, y: Array, Z: Array) -> bool:
+    return hasattr(loss, "check_ids") and not is_float(y) and y.ndim == Z.ndim - 1
+
+
 def _check_targets(loss: Any, y: Array, Z: Array) -> None:
     if hasattr(loss, "check"):
         loss.check(y, Z)
-    elif hasattr(loss, "check_ids") and not is_float(y) and y.ndim == Z.ndim - 1:
+    elif _are_ids(loss, y, Z):
         loss.check_ids(y, Z.shape[-1])
 
 
@@ -138,14 +142,13 @@ def _try_out(model: Any, loss: Any, device: Device, batch: Any, whole: tuple[Arr
             Z = model(X)
             with computing_on(Z) as xp:
                 Z = wide(xp, Z)  # as losses are trained with
-            are_ids = hasattr(loss, "check_ids") and not is_float(y) and y.ndim == Z.ndim - 1
-            if are_ids:  # first: `forward` would speak of one row's
+            if _are_ids(loss, y, Z):  # first: `forward` would speak of one row's
                 _check_targets(loss, whole[1], Z)
             if weights is None:
                 loss.forward(Z, y)
             else:
                 loss.forward(Z, y, weights * 0 + 1)  # this one row's may be 0
-        if not are_ids:
+        if not _are_ids(loss, y, Z):
             _check_targets(loss, whole[1], Z)
     except (TypeError, ValueError) as error:
         if type(error) not in (TypeError, ValueError):

@@ -572,6 +572,7 @@ def test_changes_between_steps_are_noticed(change, dtype):
 
 
 def test_another_loss_model_guard_or_function_of_gradients_is_taken():
+    bound = gamma(4000, unit_roundoff("float32"))
     X, y, targets = random(8, 6), np.arange(8) % 4, random(8, 4)
     step, portable = step_of(), step_of()
     step(X, y)
@@ -581,9 +582,9 @@ def test_another_loss_model_guard_or_function_of_gradients_is_taken():
     value = step(X, targets)
     assert step.how.startswith("compiled")
     with lanes.off():
-        assert abs(value - portable(X, targets)) <= 1e-5
+        assert abs(value - portable(X, targets)) <= bound * abs(value)
     for name, W in weights(step).items():
-        assert np.abs(W - weights(portable)[name]).max() <= 1e-5
+        assert np.abs(W - weights(portable)[name]).max() <= bound
     calls = []
     step.gradients = lambda *arguments: calls.append(1) or steps.loss_and_gradients(*arguments)
     step(X, targets)

@@ -27,6 +27,7 @@ SUMS = {**BARE, "fastmath": {"contract", "reassoc"}}  # sums in vectors: the sam
 WHOLE = True
 """Whether all layers are compiled, or `Linear` and `ReLU` only: `building` sets it before anything else here is imported."""
 
+
 def rarely(function):
     """Compile what models of more than Linear and ReLU need; for others, put in its place what does nothing."""
     return njit(**PLAIN)(function if WHOLE else lambda *_: None)
